@@ -1,0 +1,1 @@
+"""The world, transports, launch tuning and health: the only room that moves bytes between ranks."""

@@ -1,0 +1,127 @@
+"""Joining and leaving the job: what every adapter's ``init()`` does around Horovod's own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hvdscale.errors import WorldError
+from hvdscale.runtime.health import abort, end_job_on_error
+from hvdscale.runtime.launch import Launch, read_launch
+from hvdscale.runtime.settings import Setting, apply_settings, choose_settings, usable_cores
+from hvdscale.runtime.transport import CollectiveTransport, MPITransport, SoloTransport, Transport
+
+__all__ = ["Preparation", "World", "join", "prepare"]
+
+
+@dataclass(frozen=True)
+class World:
+    """The job as this rank sees it, from ``init()`` to ``shutdown()``."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    launch: Launch
+    transport: Transport
+    settings: tuple[Setting, ...]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What was settled before Horovod starts. ``threads`` is how many cores this rank computes on (0: all)."""
+
+    launch: Launch
+    settings: tuple[Setting, ...]
+    threads: int
+
+
+def prepare() -> Preparation:
+    """Read the launch, put defaults in force, and start MPI through mpi4py where there is MPI.
+
+    mpi4py comes first and on the calling thread: it asks for THREAD_MULTIPLE, and Horovod then uses that MPI.
+
+    Raises:
+        WorldError: the launch variables do not fit together.
+    """
+    launch = read_launch()
+    chosen = choose_settings(launch, usable_cores())
+    settled = apply_settings(chosen, os.environ, mpi_running=_mpi_is_running())
+    if launch.controller == "mpi":
+        _import_mpi()
+    threads = next((int(s.value) for s in settled if s.name == "OMP_NUM_THREADS" and s.value.isdigit()), 0)
+    return Preparation(launch, settled, threads)
+
+
+def join(
+    preparation: Preparation,
+    horovod: Any,
+    gather: Callable[[np.ndarray, Sequence[int] | None], np.ndarray],
+    comm: Any = None,
+) -> World:
+    """The world after ``horovod.init(comm)``: sizes checked, control transport open, failures watched.
+
+    Args:
+        horovod: Horovod's module of the framework (``horovod.torch``, ...).
+        gather: its all-gather over ``uint8`` vectors, used where there is no MPI.
+        comm: what the user gave to ``init``: nothing, a list of ranks or an mpi4py communicator.
+
+    Raises:
+        WorldError: Horovod sees another world than the launcher or MPI made.
+    """
+    launch = preparation.launch
+    rank, size = horovod.rank(), horovod.size()
+    if comm is None or (isinstance(comm, Sequence) and not comm):
+        _check_sizes(launch, size)
+    transport: Transport
+    if size == 1:
+        transport = SoloTransport()
+    elif launch.controller == "mpi":
+        transport = MPITransport(_communicator(comm))
+    else:
+        transport = CollectiveTransport(rank, size, gather)
+    if launch.size > 1:
+        end_job_on_error(launch.rank, abort)
+    return World(rank, size, horovod.local_rank(), horovod.local_size(), launch, transport, preparation.settings)
+
+
+def _mpi_is_running() -> bool:
+    mpi = sys.modules.get("mpi4py.MPI")
+    return mpi is not None and mpi.Is_initialized()
+
+
+def _import_mpi() -> Any:
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise WorldError(
+            "This job was started with mpirun, but mpi4py cannot be imported "
+            f"({error}). Install it with `pip install 'hvdscale[mpi]'`, or use `horovodrun --gloo`."
+        ) from error
+    return MPI
+
+
+def _communicator(comm: Any) -> Any:
+    mpi = _import_mpi()
+    if comm is None or (isinstance(comm, Sequence) and not comm):
+        return mpi.COMM_WORLD
+    if isinstance(comm, Sequence):
+        return mpi.COMM_WORLD.Create_group(mpi.COMM_WORLD.Get_group().Incl(list(comm)))
+    return comm
+
+
+def _check_sizes(launch: Launch, size: int) -> None:
+    sizes = {f"the launcher ({launch.launcher})": launch.size, "Horovod": size}
+    if launch.controller == "mpi":
+        sizes["MPI"] = _import_mpi().COMM_WORLD.Get_size()
+    if len(set(sizes.values())) > 1:
+        seen = ", ".join(f"{who} {n}" for who, n in sizes.items())
+        raise WorldError(
+            f"All must see the same world size; {seen}. Usually mpirun, mpi4py and Horovod come from different "
+            "MPI installations: run `hvdscale doctor`, and use the mpirun of the environment Horovod was built in."
+        )

@@ -1,0 +1,1 @@
+"""Who applies the update, and how."""
