@@ -6,6 +6,7 @@ require_horovod("torch")
 
 from horovod.torch import *  # noqa: E402, F403  placeholder until every name is listed
 from horovod.torch import rank, size, allreduce  # noqa
+from hvdscale.torch.gradients import reduce_gradients  # noqa: E402
 from hvdscale.torch.runtime import init, runtime_settings, shutdown, world  # noqa: E402
 
-__all__ = ["init", "runtime_settings", "shutdown", "world"]
+__all__ = ["init", "reduce_gradients", "runtime_settings", "shutdown", "world"]
