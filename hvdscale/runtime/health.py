@@ -16,6 +16,9 @@ _hooked = False
 # How long a rank whose collective broke keeps quiet: the rank that broke it speaks, and the launcher ends the job.
 ECHO_SECONDS = 3.0
 
+# How long the launcher gets to pass the traceback on, before it is told to end the job and prints its own lines.
+FORWARD_SECONDS = 0.3
+
 
 def end_job_on_error(rank: int, end: Callable[[int], None]) -> None:
     """From now on an unhandled exception prints its traceback once and calls ``end(1)``.
@@ -39,6 +42,7 @@ def end_job_on_error(rank: int, end: Callable[[int], None]) -> None:
             # One write, so that no other rank's line falls into it.
             sys.stderr.write(f"\n[rank {rank}] ended the job:\n{text}")
             sys.stderr.flush()
+            time.sleep(FORWARD_SECONDS)
         end(1)
 
     sys.excepthook = hook

@@ -74,7 +74,8 @@ def join(
     """
     launch = preparation.launch
     rank, size = horovod.rank(), horovod.size()
-    if comm is None or (isinstance(comm, Sequence) and not comm):
+    resized = os.environ.get("HOROVOD_ELASTIC") == "1"  # then the launch variables tell of the first world only
+    if not resized and (comm is None or (isinstance(comm, Sequence) and not comm)):
         _check_sizes(launch, size)
     transport: Transport
     if size == 1:
