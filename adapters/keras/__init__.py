@@ -1,9 +1,11 @@
 """Horovod for Keras 3, made right, on the TensorFlow and PyTorch backends: every public name of ``horovod.keras``."""
 
-from hvdscale.keras import callbacks
+from hvdscale.keras import callbacks, elastic
 from hvdscale.keras.backend import verbs
+from hvdscale.keras.batch_norm import SyncBatchNormalization
 from hvdscale.keras.optimizer import DistributedOptimizer, PartialDistributedOptimizer
 from hvdscale.keras.replicas import broadcast_variables
+from hvdscale.keras.saving import load_model
 from hvdscale.keras.values import allgather, allreduce, broadcast, broadcast_global_variables, reducescatter
 from hvdscale.sync import EveryStep
 
@@ -56,6 +58,7 @@ __all__ = [
     "ProcessSet",
     "Product",
     "Sum",
+    "SyncBatchNormalization",
     "add_process_set",
     "allgather",
     "allreduce",
@@ -68,11 +71,13 @@ __all__ = [
     "cross_size",
     "cuda_built",
     "ddl_built",
+    "elastic",
     "global_process_set",
     "gloo_built",
     "gloo_enabled",
     "init",
     "is_initialized",
+    "load_model",
     "local_rank",
     "local_size",
     "mpi_built",

@@ -95,6 +95,21 @@ class Reducer:
         for i, variable in enumerate(variables):
             self._has_gradient[id(variable)] = any(seen[i] for seen in everyone)
 
+    def join(self, variables: Sequence[Any]) -> None:
+        """Agree anew after ranks came or went; called by all of them, those that know and those that do not."""
+        if not self.exchanges:
+            return
+        facts = {"optimizer": self.kind, **self.plan.facts()}
+        agree_on("the optimizer's variables", variables, facts, self.plan.process_set)
+        # Per variable: 0 not known here, 1 no gradient, 2 a gradient.
+        known = bytes(0 if id(v) not in self._has_gradient else 1 + self._has_gradient[id(v)] for v in variables)
+        everyone = verbs.control(self.plan.process_set).allgather(known)
+        for i, variable in enumerate(variables):
+            claim = max(seen[i] for seen in everyone)
+            if claim:
+                self._has_gradient[id(variable)] = claim == 2
+        self._model = None
+
     # Each step ------------------------------------------------------------------------------------------
 
     def complete(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
