@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -76,9 +75,7 @@ def _build(arguments: argparse.Namespace) -> int:
 
     start = time.monotonic()
     with _shown_progress() as report:
-        built = build_horovod(
-            arguments.frameworks, wheel_dir=arguments.wheel_dir, force=arguments.force, report=report
-        )
+        built = build_horovod(arguments.frameworks, wheel_dir=arguments.wheel_dir, force=arguments.force, report=report)
     versions = ", ".join(f"{name} {version}" for name, version in built.record["frameworks"].items())
     how = "found, built earlier" if built.reused else f"built in {time.monotonic() - start:.0f} s"
     print(f"Horovod {VERSION} for {versions}: {how}\n  {built.path}")
@@ -93,7 +90,7 @@ def _build(arguments: argparse.Namespace) -> int:
 @contextmanager
 def _shown_progress() -> Iterator[Callable[[Progress], None]]:
     """A bar on a terminal; elsewhere a line for each stage and each tenth of the compilation."""
-    if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
+    if not sys.stdout.isatty():
         yield _plain_lines()
         return
     from rich import progress as shown

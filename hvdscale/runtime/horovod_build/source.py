@@ -51,7 +51,9 @@ class Edit:
         """
         path = root / self.file
         if not path.is_file():
-            raise BuildError(f"The edit of {self.file} ({self.why}) found no such file in Horovod's source. {_NOT_OURS}")
+            raise BuildError(
+                f"The edit of {self.file} ({self.why}) found no such file in Horovod's source. {_NOT_OURS}"
+            )
         text = path.read_text()
         matches = text.count(self.find)
         if matches != 1:
@@ -62,7 +64,9 @@ class Edit:
         path.write_text(text.replace(self.find, self.replace))
 
 
-_NOT_OURS = f"These edits are made for Horovod {VERSION}; this source is another one. Remove the cached source and retry."
+_NOT_OURS = (
+    f"These edits are made for Horovod {VERSION}; this source is another one. Remove the cached source and retry."
+)
 
 EDITS = (
     Edit(
@@ -162,9 +166,7 @@ def environment(base: Mapping[str, str], frameworks: Sequence[str], jobs: int) -
     The folder of this Python comes first on PATH, so that ``mpicxx`` and ``cmake`` of the same environment win.
     """
     names = {"torch": "PYTORCH", "tensorflow": "TENSORFLOW"}
-    chosen = {
-        f"HOROVOD_{'WITH' if ours in frameworks else 'WITHOUT'}_{theirs}": "1" for ours, theirs in names.items()
-    }
+    chosen = {f"HOROVOD_{'WITH' if ours in frameworks else 'WITHOUT'}_{theirs}": "1" for ours, theirs in names.items()}
     kept = {key: value for key, value in base.items() if not key.startswith(("HOROVOD_WITH_", "HOROVOD_WITHOUT_"))}
     return {
         "MAKEFLAGS": f"-j{jobs}",

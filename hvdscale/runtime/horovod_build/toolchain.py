@@ -98,7 +98,9 @@ def find_toolchain(requested: Sequence[str] | None, env: Mapping[str, str]) -> T
 
 def _compiler(path: str, env: Mapping[str, str], problems: list[str]) -> str:
     asked = shlex.split(env.get("CXX", ""))
-    found = next((tool for name in asked[-1:] or ("c++", "g++", "clang++") if (tool := shutil.which(name, path=path))), None)
+    found = next(
+        (tool for name in asked[-1:] or ("c++", "g++", "clang++") if (tool := shutil.which(name, path=path))), None
+    )
     if found is None:
         named = f" (CXX={env['CXX']})" if asked else ""
         problems.append(
@@ -107,7 +109,9 @@ def _compiler(path: str, env: Mapping[str, str], problems: list[str]) -> str:
         return ""
     version = _first_line([found, "--version"], env, path)
     if not _compiles(found, ["-std=c++20"], "#include <version>\n", env, path):
-        problems.append(f"a compiler that knows C++20 (GCC 10 or Clang 10 and later); {found} is: {version or 'broken'}")
+        problems.append(
+            f"a compiler that knows C++20 (GCC 10 or Clang 10 and later); {found} is: {version or 'broken'}"
+        )
     return version
 
 
