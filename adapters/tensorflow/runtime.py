@@ -7,8 +7,8 @@ from typing import Any
 
 import horovod.tensorflow as _horovod
 import numpy as np
-
 import tensorflow as tf
+
 from hvdscale.errors import WorldError
 from hvdscale.runtime.session import World, join, prepare
 from hvdscale.runtime.settings import Setting

@@ -7,8 +7,8 @@ from typing import Any
 
 import horovod.torch as _horovod
 import numpy as np
-
 import torch
+
 from hvdscale.errors import WorldError
 from hvdscale.runtime.session import World, join, prepare
 from hvdscale.runtime.settings import Setting

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
     from hvdscale.runtime.inspection import Finding
     from hvdscale.runtime.settings import Setting
@@ -94,7 +96,7 @@ def _show_advisories(console: Console) -> None:
         console.print(grid)
 
 
-def _grid():  # type: ignore[no-untyped-def]
+def _grid() -> Table:
     from rich.table import Table
 
     grid = Table.grid(padding=(0, 1))
@@ -104,7 +106,7 @@ def _grid():  # type: ignore[no-untyped-def]
     return grid
 
 
-def _plain(text: str):  # type: ignore[no-untyped-def]
+def _plain(text: str) -> Text:
     from rich.text import Text
 
     return Text(text)

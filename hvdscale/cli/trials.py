@@ -16,7 +16,7 @@ __all__ = ["DEADLINE_SECONDS", "RANKS", "Trial", "planned_trials", "run_trial"]
 RANKS = 2
 DEADLINE_SECONDS = 120.0
 _SECTION = "Trials"
-_SHOWN_LINES = 8
+_SHOWN_LINES = 4
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,12 @@ class Trial:
     @property
     def program(self) -> tuple[str, ...]:
         return ("-m", f"hvdscale.cli.checks.{self.module}", *self.arguments)
+
+    @property
+    def repeat(self) -> str:
+        """The command that runs it alone, with all its output."""
+        assignments = [f"{name}={value}" for name, value in self.variables.items()]
+        return " ".join([*assignments, "hvdscale run -np", str(RANKS), *self.program])
 
 
 def planned_trials() -> Iterator[Trial]:
@@ -63,7 +69,7 @@ def run_trial(trial: Trial, deadline_seconds: float = DEADLINE_SECONDS) -> Findi
     else:
         what = f"exit code {finished.returncode}" + ("" if finished.returncode else ", but no result")
     tail = "\n".join(line[:160] for line in finished.output.rstrip().splitlines()[-_SHOWN_LINES:])
-    return Finding(_SECTION, trial.name, f"{what}\n{tail}".rstrip(), "fail", f"repeat it: {command}")
+    return Finding(_SECTION, trial.name, f"{what}\n{tail}".rstrip(), "fail", f"see it all: {trial.repeat}")
 
 
 def _said(output: str) -> str | None:

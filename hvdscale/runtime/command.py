@@ -104,7 +104,9 @@ def parse_hosts(text: str) -> tuple[Host, ...]:
 
 
 def compose(job: Job, env: Mapping[str, str] | None = None) -> Command:
-    """The launcher's command line for ``job`` and the settings the user has not made in ``env`` (default: this process's).
+    """The launcher's command line for ``job`` and the settings the user has not made.
+
+    ``env`` is the user's environment (default: this process's).
 
     Raises:
         WorldError: the launcher is not installed, or this process is itself a rank of a job.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from typing import Any
 
@@ -24,8 +25,7 @@ def main() -> None:
     """
     import keras
 
-    import hvdscale.keras as hvd
-
+    hvd = importlib.import_module("hvdscale.keras")
     hvd.init()
     keras.utils.set_random_seed(hvd.rank())
     model = keras.Sequential([keras.Input((_FEATURES,)), keras.layers.Dense(8, "tanh"), keras.layers.Dense(1)])

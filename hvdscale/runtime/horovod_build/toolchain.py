@@ -104,7 +104,8 @@ def _compiler(path: str, env: Mapping[str, str], problems: list[str]) -> str:
     if found is None:
         named = f" (CXX={env['CXX']})" if asked else ""
         problems.append(
-            f"a C++ compiler{named}: `apt install g++`, `dnf install gcc-c++` or `conda install -c conda-forge cxx-compiler`"
+            f"a C++ compiler{named}: `apt install g++`, `dnf install gcc-c++` "
+            "or `conda install -c conda-forge cxx-compiler`"
         )
         return ""
     version = _first_line([found, "--version"], env, path)
