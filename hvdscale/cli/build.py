@@ -64,21 +64,21 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     """Adds the edits to the end of the help, read from where they are defined, only when help is shown."""
 
     def format_help(self) -> str:
-        from hvdscale.runtime.horovod_build import EDITS
+        from hvdscale.runtime.horovod_build import HOROVOD
 
-        edits = "".join(f"  {edit.file}: {edit.why}\n" for edit in EDITS)
+        edits = "".join(f"  {edit.file}: {edit.why}\n" for edit in HOROVOD.edits)
         return f"{super().format_help()}\n{_EPILOG}{edits}"
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    from hvdscale.runtime.horovod_build import VERSION, build_horovod, install_wheel
+    from hvdscale.runtime.horovod_build import HOROVOD, build_horovod, install_wheel
 
     start = time.monotonic()
     with _shown_progress() as report:
         built = build_horovod(arguments.frameworks, wheel_dir=arguments.wheel_dir, force=arguments.force, report=report)
     versions = ", ".join(f"{name} {version}" for name, version in built.record["frameworks"].items())
     how = "found, built earlier" if built.reused else f"built in {time.monotonic() - start:.0f} s"
-    print(f"Horovod {VERSION} for {versions}: {how}\n  {built.path}")
+    print(f"Horovod {HOROVOD.version} for {versions}: {how}\n  {built.path}")
     if arguments.install:
         fresh = install_wheel(built, force=arguments.force)
         print(f"{'Installed into' if fresh else 'Already installed in'} {sys.prefix}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -20,6 +21,8 @@ _INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: this process's) and return the exit code."""
     arguments = _parser().parse_args(argv)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
     try:
         code: int = arguments.handler(arguments)
         sys.stdout.flush()
@@ -34,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return code
+
+
+def _leave(number: int, frame: object) -> None:
+    """End through the usual clean-up, so that no compiler and no rank is left behind."""
+    raise SystemExit(128 + number)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -22,7 +22,7 @@ from hvdscale.runtime.horovod_build.cache import (
     cache_folder,
     sha256_of,
 )
-from hvdscale.runtime.horovod_build.source import EDITS, apply_edits, environment, fetch_source, unpack
+from hvdscale.runtime.horovod_build.source import HOROVOD, Source, environment, fetch_source, unpack
 from hvdscale.runtime.horovod_build.toolchain import Toolchain, find_toolchain, tool_path
 from hvdscale.runtime.process import Finished, stream
 from hvdscale.runtime.settings import usable_cores
@@ -51,6 +51,7 @@ def build_horovod(
     wheel_dir: Path | None = None,
     force: bool = False,
     env: Mapping[str, str] | None = None,
+    source: Source = HOROVOD,
     report: Report = lambda progress: None,
 ) -> BuiltWheel:
     """Build Horovod for the installed ``frameworks`` (default: all of them), or find the wheel built earlier.
@@ -59,6 +60,7 @@ def build_horovod(
         wheel_dir: also copy the wheel and its record there.
         force: build again even if the wheel is there.
         env: environment of the build (default: this process's).
+        source: the release to build.
         report: called at every change of stage and of the share compiled.
 
     Raises:
@@ -67,20 +69,26 @@ def build_horovod(
     env = dict(os.environ if env is None else env)
     report(Progress("checking what is needed"))
     toolchain = find_toolchain(frameworks, env)
-    facts = build_facts(toolchain)
+    facts = build_facts(source, toolchain)
     key = build_key(facts)
     store = Store(cache_folder(env))
     with store.lock(key):
         built = None if force else store.find(key)
         if built is None:
-            built = _build(store, key, facts, toolchain, env, report)
+            built = _build(store, key, source, facts, toolchain, env, report)
     if wheel_dir is not None:
         built = _copy(built, wheel_dir)
     return built
 
 
 def _build(
-    store: Store, key: str, facts: Mapping[str, object], toolchain: Toolchain, env: Mapping[str, str], report: Report
+    store: Store,
+    key: str,
+    source: Source,
+    facts: Mapping[str, object],
+    toolchain: Toolchain,
+    env: Mapping[str, str],
+    report: Report,
 ) -> BuiltWheel:
     log_path = store.folder / f"{key}.log"
     names = [name for name, _ in toolchain.frameworks]
@@ -90,25 +98,20 @@ def _build(
         def run(command: Sequence[str], folder: Path) -> Finished:
             return stream(command, env=build_env, cwd=folder, on_line=_watcher(log, report))
 
-        try:
-            report(Progress("fetching the source"))
-            archive = fetch_source(store.folder / "source", run)
-            report(Progress(f"applying {len(EDITS)} edits"))
-            source = unpack(archive, workspace)
-            apply_edits(source)
-            report(Progress("compiling", 0.0))
-            wheel = _compile(source, workspace / "wheel", run, log_path)
-        except BuildError:
-            log.flush()
-            raise
+        report(Progress("fetching the source"))
+        archive = fetch_source(source, store.folder / "source", run)
+        report(Progress(f"applying {len(source.edits)} edits"))
+        root = unpack(source, archive, workspace)
+        report(Progress("compiling", 0.0))
+        wheel = _compile(root, workspace / "wheel", run, log_path)
         report(Progress("storing the wheel"))
         record = {**facts, "compiler": toolchain.compiler, "cmake": toolchain.cmake}
         return store.put(key, wheel, record, workspace)
 
 
-def _compile(source: Path, target: Path, run: Callable[[Sequence[str], Path], Finished], log_path: Path) -> Path:
+def _compile(root: Path, target: Path, run: Callable[[Sequence[str], Path], Finished], log_path: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "--no-cache-dir"]
-    finished = run([*pip, "--wheel-dir", str(target), str(source)], source)
+    finished = run([*pip, "--wheel-dir", str(target), str(root)], root)
     wheels = list(target.glob("horovod-*.whl"))
     if finished.returncode != 0 or len(wheels) != 1:
         raise BuildError(f"Horovod did not compile. The whole log: {log_path}\n\n{_cause(finished.output)}")

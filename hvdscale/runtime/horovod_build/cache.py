@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hvdscale.runtime.horovod_build.source import EDITS, SOURCE_SHA256, VERSION, edits_digest
+from hvdscale.runtime.horovod_build.source import Source
 from hvdscale.runtime.horovod_build.toolchain import Toolchain
 
 __all__ = ["RECORD", "BuiltWheel", "Store", "build_facts", "build_key", "cache_folder", "sha256_of"]
@@ -38,12 +38,12 @@ def cache_folder(env: Mapping[str, str]) -> Path:
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "hvdscale" / "horovod"
 
 
-def build_facts(toolchain: Toolchain) -> dict[str, Any]:
+def build_facts(source: Source, toolchain: Toolchain) -> dict[str, Any]:
     """Everything a wheel depends on: two builds with equal facts are interchangeable."""
     return {
-        "horovod": VERSION,
-        "source_sha256": SOURCE_SHA256,
-        "edits_sha256": edits_digest(EDITS),
+        "horovod": source.version,
+        "source_sha256": source.sha256,
+        "edits_sha256": source.edits_digest(),
         "frameworks": dict(toolchain.frameworks),
         "python": str(sysconfig.get_config_var("SOABI")),
         "platform": sysconfig.get_platform(),

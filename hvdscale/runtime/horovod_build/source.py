@@ -13,22 +13,7 @@ from pathlib import Path
 from hvdscale.errors import BuildError
 from hvdscale.runtime.process import Finished
 
-__all__ = [
-    "ARCHIVE",
-    "EDITS",
-    "SOURCE_SHA256",
-    "VERSION",
-    "Edit",
-    "apply_edits",
-    "check_archive",
-    "edits_digest",
-    "fetch_source",
-    "unpack",
-]
-
-VERSION = "0.28.1"
-SOURCE_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
-ARCHIVE = f"horovod-{VERSION}.tar.gz"
+__all__ = ["HOROVOD", "Edit", "Run", "Source", "check_archive", "environment", "fetch_source", "unpack"]
 
 Run = Callable[[Sequence[str], Path], Finished]
 """Runs a command in a folder and keeps its output in the build's log."""
@@ -52,23 +37,40 @@ class Edit:
         path = root / self.file
         if not path.is_file():
             raise BuildError(
-                f"The edit of {self.file} ({self.why}) found no such file in Horovod's source. {_NOT_OURS}"
+                f"The edit of {self.file} ({self.why}) found no such file in Horovod's source. {_OTHER_SOURCE}"
             )
         text = path.read_text()
         matches = text.count(self.find)
         if matches != 1:
             raise BuildError(
                 f"The edit of {self.file} ({self.why}) must match exactly once; "
-                f"{self.find.strip()!r} is there {matches} times. {_NOT_OURS}"
+                f"{self.find.strip()!r} is there {matches} times. {_OTHER_SOURCE}"
             )
         path.write_text(text.replace(self.find, self.replace))
 
 
-_NOT_OURS = (
-    f"These edits are made for Horovod {VERSION}; this source is another one. Remove the cached source and retry."
-)
+_OTHER_SOURCE = "Edits are made for one release of the source, and this is another one."
 
-EDITS = (
+
+@dataclass(frozen=True)
+class Source:
+    """A release of Horovod: its version, the SHA-256 of its archive and the edits it needs to compile today."""
+
+    version: str
+    sha256: str
+    edits: tuple[Edit, ...]
+
+    @property
+    def archive(self) -> str:
+        return f"horovod-{self.version}.tar.gz"
+
+    def edits_digest(self) -> str:
+        """SHA-256 of what the edits change (not of why)."""
+        changes = [{k: v for k, v in asdict(edit).items() if k != "why"} for edit in self.edits]
+        return hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()
+
+
+_EDITS = (
     Edit(
         "CMakeLists.txt",
         "set(CMAKE_CXX_STANDARD 14)",
@@ -90,19 +92,10 @@ EDITS = (
 )
 
 
-def edits_digest(edits: Sequence[Edit] = EDITS) -> str:
-    """SHA-256 of what the edits change (not of why)."""
-    changes = [{k: v for k, v in asdict(edit).items() if k != "why"} for edit in edits]
-    return hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()
+HOROVOD = Source("0.28.1", "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0", _EDITS)
 
 
-def apply_edits(root: Path, edits: Sequence[Edit] = EDITS) -> None:
-    """Apply every edit to the source under ``root``."""
-    for edit in edits:
-        edit.apply(root)
-
-
-def check_archive(path: Path, expected_sha256: str = SOURCE_SHA256) -> None:
+def check_archive(path: Path, expected_sha256: str) -> None:
     """Raise unless the file has the pinned hash.
 
     Raises:
@@ -116,18 +109,18 @@ def check_archive(path: Path, expected_sha256: str = SOURCE_SHA256) -> None:
         )
 
 
-def fetch_source(folder: Path, run: Run, expected_sha256: str = SOURCE_SHA256) -> Path:
-    """The source archive in ``folder``, fetched if it is not there, its hash checked either way.
+def fetch_source(source: Source, folder: Path, run: Run) -> Path:
+    """The archive of ``source`` in ``folder``, fetched if it is not there, its hash checked either way.
 
     pip does the download, so that the user's index, proxy and certificates hold.
 
     Raises:
         BuildError: pip cannot get it, or it is not the pinned file.
     """
-    archive = folder / ARCHIVE
+    archive = folder / source.archive
     if archive.is_file():
         try:
-            check_archive(archive, expected_sha256)
+            check_archive(archive, source.sha256)
         except BuildError:
             archive.unlink()  # a copy damaged on this disk; what pip serves is checked again below
         else:
@@ -135,16 +128,16 @@ def fetch_source(folder: Path, run: Run, expected_sha256: str = SOURCE_SHA256) -
     folder.mkdir(parents=True, exist_ok=True)
     incoming = folder / "incoming"
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
-    finished = run([*pip, "--dest", str(incoming), f"horovod=={VERSION}"], folder)
-    fetched = incoming / ARCHIVE
+    finished = run([*pip, "--dest", str(incoming), f"horovod=={source.version}"], folder)
+    fetched = incoming / source.archive
     if finished.returncode != 0 or not fetched.is_file():
         tail = "\n".join(finished.output.splitlines()[-5:])
         raise BuildError(
-            f"pip could not download the source of Horovod {VERSION}:\n{tail}\n"
+            f"pip could not download the source of Horovod {source.version}:\n{tail}\n"
             "Check the network, the proxy and the index in `pip config list`, then retry."
         )
     try:
-        check_archive(fetched, expected_sha256)
+        check_archive(fetched, source.sha256)
     except BuildError:
         fetched.unlink()
         raise
@@ -152,12 +145,19 @@ def fetch_source(folder: Path, run: Run, expected_sha256: str = SOURCE_SHA256) -
     return archive
 
 
-def unpack(archive: Path, folder: Path) -> Path:
-    """Unpack into ``folder``; return the source's root."""
+def unpack(source: Source, archive: Path, folder: Path) -> Path:
+    """Unpack into ``folder`` and apply the edits; return the root.
+
+    Raises:
+        BuildError: an edit does not fit.
+    """
     with tarfile.open(archive) as tar:
         tar.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
         tar.extractall(folder)
-    return folder / f"horovod-{VERSION}"
+    root = folder / archive.name.removesuffix(".tar.gz")
+    for edit in source.edits:
+        edit.apply(root)
+    return root
 
 
 def environment(base: Mapping[str, str], frameworks: Sequence[str], jobs: int) -> dict[str, str]:
