@@ -10,7 +10,7 @@ import numpy as np
 
 from hvdscale.errors import DesyncError
 
-__all__ = ["main"]
+__all__ = ["judge", "main"]
 
 _STEPS = 12
 _BATCH = 16
@@ -38,14 +38,19 @@ def main() -> None:
     end = _everyone(_flat(model))
     apart = float(np.abs(end - end[0]).max())
     moved = float(np.abs(end[0] - start[0]).max())
-    _judge(apart, moved, float(np.abs(start - start[0]).max()))
+    judge(apart, moved, float(np.abs(start - start[0]).max()))
     if hvd.rank() == 0:
         says = f"{len(end)} ranks, {_STEPS} steps: weights moved by {moved:.2g}, differ by {apart:.1g}"
         print(json.dumps({"says": f"{keras.backend.backend()}: {says}"}), flush=True)
     hvd.shutdown()
 
 
-def _judge(apart: float, moved: float, apart_at_start: float) -> None:
+def judge(apart: float, moved: float, apart_at_start: float) -> None:
+    """Whether training moved the weights and brought ranks together, from the largest absolute differences.
+
+    Raises:
+        DesyncError: it did not.
+    """
     if apart_at_start == 0.0:
         raise DesyncError("Ranks started from equal weights, so this check would prove nothing; seeds are ignored.")
     if moved < 1e-3:
