@@ -8,12 +8,15 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hvdscale.runtime.launch import Launch
 
-__all__ = ["Setting", "apply_settings", "choose_settings", "usable_cores"]
+__all__ = ["FRONT", "Setting", "apply_settings", "choose_settings", "usable_cores"]
+
+FRONT = "HVDSCALE_RUN_SETTINGS"
+"""Variable in which ``hvdscale run`` lists the settings it has put in force: those are not the user's."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ def apply_settings(
 
 def _settle(setting: Setting, env: Mapping[str, str], mpi_running: bool) -> Setting:
     if setting.name in env:
+        if setting.name in env.get(FRONT, "").split(","):
+            return replace(setting, value=env[setting.name])
         return Setting(setting.name, env[setting.name], "set by you", "user")
     if mpi_running and setting.name.startswith("OMPI_MCA_"):
         why = f"MPI was already running when init() was called; call init() first. {setting.reason}"
