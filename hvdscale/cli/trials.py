@@ -14,7 +14,7 @@ from hvdscale.runtime.inspection import Finding
 __all__ = ["DEADLINE_SECONDS", "RANKS", "Trial", "planned_trials", "run_trial"]
 
 RANKS = 2
-DEADLINE_SECONDS = 120.0
+DEADLINE_SECONDS = 180.0
 _SECTION = "Trials"
 _SHOWN_LINES = 4
 

@@ -44,14 +44,14 @@ class Advisory:
     identifier: str
     hole: str
     touches: tuple[str, ...]
-    avoids: tuple[str, ...] = ("mpirun", "hvdscale run", "srun")
+    avoids: tuple[str, ...] = ("mpirun", "srun", "hvdscale run (which is mpirun)")
 
 
 ADVISORIES = (
     Advisory(
         "CVE-2024-10190",
         "the elastic rendezvous server runs code it is sent; it listens on all interfaces",
-        ("horovodrun --host-discovery-script / --min-np (elastic)",),
+        ("elastic jobs: horovodrun --host-discovery-script",),
     ),
     Advisory(
         "CVE-2026-31234",
