@@ -50,7 +50,7 @@ def name_of(path: Path) -> str:
 
 
 def room_of(path: Path) -> str:
-    """``hvdscale/data/plan.py`` -> ``data``, ``hvdscale/errors.py`` -> ``errors``, ``adapters/torch/*`` -> ``torch``."""
+    """``hvdscale/data/plan.py`` -> ``data``, ``adapters/torch/wire.py`` -> ``torch``."""
     return path.relative_to(REPOSITORY).parts[1].removesuffix(".py")
 
 
