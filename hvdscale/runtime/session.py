@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from hvdscale.errors import WorldError
 from hvdscale.runtime.health import abort, end_job_on_error
 from hvdscale.runtime.launch import Launch, read_launch
 from hvdscale.runtime.settings import Setting, apply_settings, choose_settings, usable_cores
-from hvdscale.runtime.transport import CollectiveTransport, MPITransport, SoloTransport, Transport
+from hvdscale.runtime.transport import CollectiveTransport, Gather, MPITransport, SoloTransport, Transport
 
 __all__ = ["Preparation", "World", "join", "prepare"]
 
@@ -61,14 +59,14 @@ def prepare() -> Preparation:
 def join(
     preparation: Preparation,
     horovod: Any,
-    gather: Callable[[np.ndarray, Sequence[int] | None], np.ndarray],
+    gather: Gather,
     comm: Any = None,
 ) -> World:
     """The world after ``horovod.init(comm)``: sizes checked, control transport open, failures watched.
 
     Args:
         horovod: Horovod's module of the framework (``horovod.torch``, ...).
-        gather: its all-gather over ``uint8`` vectors, used where there is no MPI.
+        gather: its all-gather over ``uint8`` vectors, ``gather(vector, process_set)``, used where there is no MPI.
         comm: what the user gave to ``init``: nothing, a list of ranks or an mpi4py communicator.
 
     Raises:
