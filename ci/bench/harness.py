@@ -76,11 +76,11 @@ class Variant:
 
 @dataclass(frozen=True)
 class Target:
-    """``other's time / our time`` must be ``at_least`` this, in every one of ``metrics`` (none named: all)."""
+    """The other's time over ours must be ``at_least`` this, in every one of ``metrics`` (``None``: in all)."""
 
     against: str
     at_least: float
-    metrics: tuple[str, ...] = ()
+    metrics: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -101,16 +101,17 @@ class Results:
         """Median time of ``of`` over median time of ``to``: above 1, ``to`` is the faster."""
         return self.median(of, metric) / self.median(to, metric)
 
-    def named(self, role: str) -> str | None:
-        return next((v.name for v in self.variants if v.role == role), None)
+    def ratio_to(self, role: str, metric: str, variant: str) -> float | None:
+        """``variant``'s time over that of the first variant with this role; ``None`` where that one has no figure."""
+        base = next((v.name for v in self.variants if v.role == role and metric in self.samples[v.name]), None)
+        return None if base is None else self.ratio(metric, variant, base)
 
     def judged(self, targets: Sequence[Target]) -> list[dict[str, object]]:
         """Each target with the ratio that was reached, one row per metric."""
-        ours = self.named("ours")
-        assert ours is not None, "a bench with targets has a variant of role 'ours'"
+        ours = next(v.name for v in self.variants if v.role == "ours")
         rows = []
         for target in targets:
-            for metric in target.metrics or self.metrics:
+            for metric in self.metrics if target.metrics is None else target.metrics:
                 reached = self.ratio(metric, of=target.against, to=ours)
                 rows.append(
                     {
@@ -137,7 +138,9 @@ def run_once(variant: Variant, deadline_seconds: float) -> Metrics:
         left = [json.loads(p.read_text()) for p in sorted(Path(folder).glob("result-*.json"))]
     if len(left) != variant.ranks:
         raise BenchError(f"{variant.name}: {len(left)} ranks left a result, {variant.ranks} must.")
-    return {metric: max(result[metric] for result in left) for metric in left[0]}
+    if len({result["same_everywhere"] for result in left}) > 1:
+        raise BenchError(f"{variant.name}: its ranks ended with different weights, so it did not keep them in step.")
+    return {metric: max(result["seconds"][metric] for result in left) for metric in left[0]["seconds"]}
 
 
 def _run_group(variant: Variant, folder: Path, deadline_seconds: float) -> None:
@@ -219,8 +222,11 @@ def arguments(about: str, rounds: int, steps: int, quick: tuple[int, int]) -> ar
     class Quick(argparse.Action):
         def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
             namespace.rounds, namespace.steps = quick
+            namespace.quick = True
 
-    parser.add_argument("--quick", nargs=0, action=Quick, help=f"{quick[0]} round(s) of {quick[1]} steps")
+    parser.add_argument(
+        "--quick", nargs=0, default=False, action=Quick, help=f"{quick[0]} round(s) of {quick[1]} steps"
+    )
     parser.add_argument("--rounds", type=_positive, default=rounds, help="launches of each variant (%(default)s)")
     parser.add_argument("--steps", type=_positive, default=steps, help="timed steps in a launch (%(default)s)")
     parser.add_argument("--deadline", type=float, default=120, help="seconds a launch may take (%(default)s)")
@@ -248,7 +254,8 @@ def finish(
     for row in judged:
         verdict = "met" if row["met"] else "[bold red]missed[/]"
         console.print(
-            f"{row['metric']}: {row['reached']:.2f} of {row['against']}, target at least {row['at_least']:.2f}: {verdict}",
+            f"{row['metric']}: {row['reached']:.2f} of {row['against']}, "
+            f"target at least {row['at_least']:.2f}: {verdict}",
             highlight=False,
         )
     if options.json:
@@ -261,7 +268,6 @@ def as_json(
 ) -> dict[str, object]:
     """Everything the table shows and the samples behind it. Times are in seconds."""
     rows = []
-    limit, ours = results.named("limit"), results.named("ours")
     for variant in results.variants:
         for metric, samples in results.samples[variant.name].items():
             rows.append(
@@ -271,8 +277,8 @@ def as_json(
                     "metric": metric,
                     "samples_seconds": list(samples),
                     "median_seconds": results.median(variant.name, metric),
-                    "of_limit": results.ratio(metric, limit, variant.name) if limit else None,
-                    "over_ours": results.ratio(metric, variant.name, ours) if ours else None,
+                    "over_limit": results.ratio_to("limit", metric, variant.name),
+                    "over_ours": results.ratio_to("ours", metric, variant.name),
                 }
             )
     return {"title": title, "notes": list(notes), "results": rows, "targets": list(judged)}
@@ -284,24 +290,29 @@ def _table(title: str, results: Results) -> Table:
         table.add_column(name)
     for name in ("median", "min .. max", "limit / time", "time / limit", "time / ours"):
         table.add_column(name, justify="right")
-    limit, ours = results.named("limit"), results.named("ours")
     for metric in results.metrics:
         for i, variant in enumerate(v for v in results.variants if metric in results.samples[v.name]):
             samples = results.samples[variant.name][metric]
-            of_limit = results.ratio(metric, limit, variant.name) if limit else float("nan")
-            over_ours = results.ratio(metric, variant.name, ours) if ours else float("nan")
+            over_limit = results.ratio_to("limit", metric, variant.name)
+            over_ours = results.ratio_to("ours", metric, variant.name)
             table.add_row(
                 metric if i == 0 else "",
                 f"[bold]{variant.name}[/]" if variant.role == "ours" else variant.name,
                 _shown(results.median(variant.name, metric)),
                 f"{_shown(min(samples))} .. {_shown(max(samples))}",
-                f"{of_limit:.2f}" if limit else "",
-                f"{1 / of_limit:.2f}" if limit else "",
-                f"{over_ours:.2f}" if ours else "",
+                f"{1 / over_limit:.2f}" if over_limit else "",
+                f"{over_limit:.2f}" if over_limit else "",
+                f"{over_ours:.2f}" if over_ours else "",
             )
         table.add_section()
     return table
 
 
 def _shown(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us"
+    return (
+        f"{seconds:.2f} s"
+        if seconds >= 1
+        else f"{seconds * 1e3:.1f} ms"
+        if seconds >= 1e-3
+        else f"{seconds * 1e6:.0f} us"
+    )

@@ -1,10 +1,12 @@
-"""Variants of a training-step bench on this host: plain processes for the frameworks' own ways, mpirun for Horovod's."""
+"""Variants of a bench on this host: plain processes for the frameworks' own ways, mpirun for Horovod's."""
 
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 from ci.bench.harness import BIN, Process, Variant
 
@@ -33,8 +35,15 @@ def local_variants(
         if way in _MPI_WAYS:
             processes = (Process((*MPIRUN, "-np", str(ranks), *command), env),)
         else:
-            processes = tuple(
-                Process(command, {**env, "BENCH_RANK": str(rank), "BENCH_RANKS": str(ranks)}) for rank in range(ranks)
-            )
+            env |= {"BENCH_RANKS": str(ranks), "BENCH_PORTS": ",".join(map(str, _free_ports(ranks)))}
+            processes = tuple(Process(command, {**env, "BENCH_RANK": str(rank)}) for rank in range(ranks))
         variants.append(Variant(names[way], role, ranks, processes))  # type: ignore[arg-type]
     return tuple(variants), f"Every rank of every variant computes on {threads} thread(s)."
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-__all__ = ["leave_result", "median_seconds", "meet"]
+import numpy as np
+
+__all__ = ["digest", "leave_result", "median_seconds", "meet"]
 
 _FOLDER = "BENCH_FOLDER"
 
@@ -37,6 +40,15 @@ def median_seconds(step: Callable[[], object], steps: int, warmup: int) -> float
     return statistics.median(took)
 
 
-def leave_result(rank: int, **seconds: float) -> None:
-    """Write this rank's figures where the harness looks for them."""
-    (Path(os.environ[_FOLDER]) / f"result-{rank}.json").write_text(json.dumps(seconds))
+def digest(arrays: Iterable[np.ndarray]) -> str:
+    """The bits of a model's weights in short: ranks that were kept in step have the same."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        hashed.update(np.ascontiguousarray(array).data)
+    return hashed.hexdigest()
+
+
+def leave_result(rank: int, same_everywhere: str | None = None, **seconds: float) -> None:
+    """Write this rank's figures where the harness looks for them, and what must be the same on all ranks."""
+    result = {"same_everywhere": same_everywhere, "seconds": seconds}
+    (Path(os.environ[_FOLDER]) / f"result-{rank}.json").write_text(json.dumps(result))

@@ -8,7 +8,7 @@ import os
 import torch
 from torch import nn
 
-from ci.bench.workers.ranks import leave_result, median_seconds, meet
+from ci.bench.workers.ranks import digest, leave_result, median_seconds, meet
 
 WIDTH, LAYERS, HEADS, CONTEXT, VOCABULARY, BATCH = 256, 4, 4, 128, 256, 8
 
@@ -93,7 +93,9 @@ def main() -> None:
         return loss.item()
 
     meet(rank, ranks)
-    leave_result(rank, step=median_seconds(step, options.steps, warmup=3))
+    seconds = median_seconds(step, options.steps, warmup=3)
+    weights = None if options.way == "independent" else digest(p.detach().numpy() for p in model.parameters())
+    leave_result(rank, weights, step=seconds)
 
 
 if __name__ == "__main__":
