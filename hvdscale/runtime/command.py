@@ -115,7 +115,8 @@ def compose(job: Job, env: Mapping[str, str] | None = None) -> Command:
     inside = [name for name in ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "HOROVOD_RANK") if name in env]
     if inside:
         raise WorldError(f"This process is a rank already ({inside[0]}={env[inside[0]]}); start jobs from outside.")
-    settings = tuple(s for s in _settings(job, env) if s.name not in env)
+    settled = apply_settings(_settings(job, env), dict(env), mpi_running=False)
+    settings = tuple(setting for setting in settled if setting.origin == "hvdscale")
     python = (sys.executable, *job.program)
     if job.controller == "gloo":
         return Command((*_horovodrun(job, env), *python), settings)
@@ -197,6 +198,4 @@ def replace_process(command: Command) -> NoReturn:
     Raises:
         OSError: the launcher cannot be started.
     """
-    environment = dict(os.environ)
-    apply_settings(command.settings, environment, mpi_running=False)  # also writes the rules file Open MPI will read
-    os.execve(command.argv[0], command.argv, {**environment, **command.variables})
+    os.execve(command.argv[0], command.argv, {**os.environ, **command.variables})
