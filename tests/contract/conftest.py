@@ -6,21 +6,38 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 ADAPTER = os.environ.get("HVDSCALE_ADAPTER")
 
-collect_ignore_glob = [] if ADAPTER else ["test_*.py"]
+# A file named after an adapter holds that adapter's own promises; the others are shared by all.
+collect_ignore_glob = [f"test_{name}_*.py" for name in ("torch", "tensorflow", "keras") if name != ADAPTER]
+if not ADAPTER:
+    collect_ignore_glob = ["test_*.py"]
 
 
 @pytest.fixture(scope="session")
 def driver() -> Iterator[object]:
     module = importlib.import_module(f"tests.contract.drivers.{ADAPTER}")
     driver = module.Driver()
+    os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
     driver.hvd.init()
     yield driver
     driver.hvd.shutdown()
+
+
+@pytest.fixture
+def last_rank_alone(driver: Any) -> Iterator[Any]:
+    """A process set of the last rank (of all ranks when there is one)."""
+    hvd = driver.hvd
+    if hvd.size() == 1:
+        yield hvd.global_process_set
+        return
+    members = hvd.add_process_set([hvd.size() - 1])
+    yield members
+    hvd.remove_process_set(members)
 
 
 @pytest.hookimpl(hookwrapper=True)
