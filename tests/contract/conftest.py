@@ -1,4 +1,7 @@
-"""The contract suite runs inside ranks: ``HVDSCALE_ADAPTER=torch mpirun -np 2 python -m pytest tests/contract``."""
+"""The contract suite runs inside ranks: ``HVDSCALE_ADAPTER=torch mpirun -np 2 python -m pytest tests/contract``.
+
+``test_<adapter>_*.py`` holds what is true of one adapter only, and is collected for that one alone.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,38 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 ADAPTER = os.environ.get("HVDSCALE_ADAPTER")
+ADAPTERS = ("torch", "tensorflow", "keras")
 
-# test_<adapter>_*.py holds what only that adapter promises.
-OTHERS = [name for name in ("torch", "tensorflow", "keras") if name != ADAPTER]
-collect_ignore_glob = [f"test_{name}_*.py" for name in OTHERS] if ADAPTER else ["test_*.py"]
+collect_ignore_glob = [f"test_{name}_*.py" for name in ADAPTERS if name != ADAPTER] if ADAPTER else ["test_*.py"]
 
 
 @pytest.fixture(scope="session")
-def driver() -> Iterator[object]:
+def driver() -> Iterator[Any]:
     module = importlib.import_module(f"tests.contract.drivers.{ADAPTER}")
     driver = module.Driver()
-    driver.hvd.init()
+    driver.init()
     yield driver
     driver.hvd.shutdown()
+
+
+@pytest.fixture(scope="session")
+def hvd(driver: Any) -> Any:
+    return driver.hvd
+
+
+@pytest.fixture
+def rank(hvd: Any) -> int:
+    return hvd.rank()
+
+
+@pytest.fixture
+def size(hvd: Any) -> int:
+    return hvd.size()
 
 
 @pytest.hookimpl(hookwrapper=True)
