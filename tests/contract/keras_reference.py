@@ -53,6 +53,8 @@ def fit(model: Any, optimizer: Any, batches: Sequence[Batch], **compile_argument
 def plain_weights(optimizer: Any, batches: Sequence[Batch], start: Weights) -> Weights:
     """Where plain Keras ends."""
     model = network(start)
+    # Built first: inside a compiled step, optimizers that start from the weights would start from zeros.
+    optimizer.build(model.trainable_variables)
     fit(model, optimizer, batches)
     return weights_of(model)
 

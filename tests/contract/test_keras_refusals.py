@@ -36,7 +36,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "twice, loss scaled": (_twice_through_loss_scale, "distributed already"),
     "no optimizer": (lambda hvd: hvd.DistributedOptimizer(_NoOptimizer()), "takes a Keras 3 optimizer"),
     "a name": (lambda hvd: hvd.DistributedOptimizer("sgd"), "takes a Keras 3 optimizer"),
-    "unknown sync": (lambda hvd: hvd.DistributedOptimizer(SGD(0.1), sync="daily"), "sync='daily'"),
+    "unknown sync": (lambda hvd: hvd.DistributedOptimizer(SGD(0.1), sync="daily"), "got 'daily'"),
     "unknown op": (lambda hvd: hvd.DistributedOptimizer(SGD(0.1), op="median"), "op must be"),
     "no passes": (lambda hvd: hvd.DistributedOptimizer(SGD(0.1), backward_passes_per_step=0), "> 0"),
     "predivided sum": (

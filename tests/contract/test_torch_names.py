@@ -7,9 +7,6 @@ import inspect
 from types import ModuleType
 from typing import Any
 
-import horovod.torch
-import horovod.torch.elastic
-import horovod.torch.mpi_ops
 import pytest
 
 import hvdscale.torch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +11,6 @@ import numpy as np
 import hvdscale.keras as hvd
 from tests.contract.driver import ContractDriver
 from tests.contract.oracle import HIDDEN, INPUTS, Batch, Weights
-
-os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")  # tests add process sets after init
 
 
 class Driver(ContractDriver):
@@ -36,6 +33,9 @@ class Driver(ContractDriver):
         model.set_weights([w.astype(np.float32) for w in weights])
         return model
 
+    def parameters(self, model: Any) -> list[Any]:
+        return list(model.trainable_variables)
+
     def optimizer(self, kind: str, model: Any) -> Any:
         make = {
             "sgd": lambda: keras.optimizers.SGD(0.1),
@@ -45,9 +45,7 @@ class Driver(ContractDriver):
         return make[kind]()
 
     def distribute(self, optimizer: Any, model: Any, **arguments: Any) -> Any:
-        if "passes" in arguments:
-            arguments["backward_passes_per_step"] = arguments.pop("passes")
-        return hvd.DistributedOptimizer(optimizer, **arguments)
+        return hvd.DistributedOptimizer(optimizer, model=model, **arguments)
 
     def train(self, model: Any, optimizer: Any, batches: Sequence[Batch], passes: int = 1) -> None:
         if getattr(model, "optimizer", None) is not optimizer:
