@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from hvdscale.errors import WorldError
 from hvdscale.runtime.health import abort, end_job_on_error
 from hvdscale.runtime.launch import Launch, read_launch
-from hvdscale.runtime.settings import Setting, apply_settings, choose_settings, usable_cores
-from hvdscale.runtime.transport import CollectiveTransport, MPITransport, SoloTransport, Transport
+from hvdscale.runtime.settings import Setting, put_in_force
+from hvdscale.runtime.transport import CollectiveTransport, Gather, MPITransport, SoloTransport, Transport
 
 __all__ = ["Preparation", "World", "join", "prepare"]
 
@@ -50,8 +48,7 @@ def prepare() -> Preparation:
         WorldError: the launch variables do not fit together.
     """
     launch = read_launch()
-    chosen = choose_settings(launch, usable_cores())
-    settled = apply_settings(chosen, os.environ, mpi_running=_mpi_is_running())
+    settled = put_in_force(launch, os.environ, mpi_running=_mpi_is_running())
     if launch.controller == "mpi":
         _import_mpi()
     threads = next((int(s.value) for s in settled if s.name == "OMP_NUM_THREADS" and s.value.isdigit()), 0)
@@ -61,14 +58,14 @@ def prepare() -> Preparation:
 def join(
     preparation: Preparation,
     horovod: Any,
-    gather: Callable[[np.ndarray, Sequence[int] | None], np.ndarray],
+    gather: Gather,
     comm: Any = None,
 ) -> World:
     """The world after ``horovod.init(comm)``: sizes checked, control transport open, failures watched.
 
     Args:
         horovod: Horovod's module of the framework (``horovod.torch``, ...).
-        gather: its all-gather over ``uint8`` vectors, used where there is no MPI.
+        gather: its all-gather over ``uint8`` vectors, ``gather(vector, process_set)``, used where there is no MPI.
         comm: what the user gave to ``init``: nothing, a list of ranks or an mpi4py communicator.
 
     Raises:
@@ -76,7 +73,7 @@ def join(
     """
     launch = preparation.launch
     rank, size = horovod.rank(), horovod.size()
-    if comm is None or (isinstance(comm, Sequence) and not comm):
+    if not launch.elastic and (comm is None or (isinstance(comm, Sequence) and not comm)):
         _check_sizes(launch, size)
     transport: Transport
     if size == 1:

@@ -17,8 +17,10 @@ from hvdscale.errors import TransportError
 
 __all__ = [
     "CollectiveTransport",
+    "Gather",
     "LoopbackTransport",
     "MPITransport",
+    "RankSet",
     "SoloTransport",
     "Transport",
     "broadcast",
@@ -26,6 +28,17 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+Gather = Callable[[np.ndarray, "RankSet | None"], np.ndarray]
+
+
+class RankSet(Protocol):
+    """What a transport needs of Horovod's ``ProcessSet``: global ranks, and this rank's position among them."""
+
+    ranks: Sequence[int] | None
+
+    def rank(self) -> int | None: ...
+
+    def size(self) -> int | None: ...
 
 
 class Transport(Protocol):
@@ -38,8 +51,8 @@ class Transport(Protocol):
         """Every rank's ``data``, in rank order."""
         ...
 
-    def subset(self, ranks: Sequence[int]) -> Transport:
-        """The transport of these global ranks; called by exactly those ranks. ``rank`` is then the position in it."""
+    def subset(self, process_set: RankSet) -> Transport:
+        """The transport of these ranks; called by exactly those. Its ``rank`` is the position among them."""
         ...
 
 
@@ -57,7 +70,7 @@ class SoloTransport:
     def allgather(self, data: bytes) -> list[bytes]:
         return [data]
 
-    def subset(self, ranks: Sequence[int]) -> Transport:
+    def subset(self, process_set: RankSet) -> Transport:
         return self
 
 
@@ -83,9 +96,9 @@ class MPITransport:
         self._comm.Allgatherv([data, MPI.BYTE], [everything, lengths.tolist(), offsets[:-1].tolist(), MPI.BYTE])
         return [bytes(everything[a:b]) for a, b in pairwise(offsets)]
 
-    def subset(self, ranks: Sequence[int]) -> Transport:
-        key = tuple(sorted(ranks))
-        if key == tuple(range(self.size)):
+    def subset(self, process_set: RankSet) -> Transport:
+        key = tuple(process_set.ranks or ())
+        if not key or len(key) == self.size:
             return self
         if key not in self._subsets:
             group = self._comm.Get_group().Incl(key)
@@ -96,35 +109,29 @@ class MPITransport:
 class CollectiveTransport:
     """Any all-gather of ``uint8`` vectors of unequal length (Horovod's) as a transport.
 
-    ``gather(vector, ranks)`` returns the concatenation in rank order over ``ranks`` (``None``: everyone).
+    ``gather(vector, process_set)`` concatenates in rank order over ``process_set`` (``None``: everyone).
     """
 
-    def __init__(
-        self,
-        rank: int,
-        size: int,
-        gather: Callable[[np.ndarray, Sequence[int] | None], np.ndarray],
-        ranks: Sequence[int] | None = None,
-    ) -> None:
+    def __init__(self, rank: int, size: int, gather: Gather, process_set: RankSet | None = None) -> None:
         self.rank = rank
         self.size = size
         self._gather = gather
-        self._ranks = ranks
+        self._process_set = process_set
 
     def allgather(self, data: bytes) -> list[bytes]:
         length = np.frombuffer(np.int64(len(data)).tobytes(), np.uint8)
-        lengths = self._gather(length, self._ranks).view(np.int64)  # [size]
+        lengths = self._gather(length, self._process_set).view(np.int64)  # [size]
         if not lengths.sum():
             return [b""] * self.size
-        everything = self._gather(np.frombuffer(data, np.uint8), self._ranks)  # [sum of lengths]
+        everything = self._gather(np.frombuffer(data, np.uint8), self._process_set)  # [sum of lengths]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         return [everything[a:b].tobytes() for a, b in pairwise(offsets)]
 
-    def subset(self, ranks: Sequence[int]) -> Transport:
-        ordered = sorted(ranks)
-        if len(ordered) == self.size and self._ranks is None:
+    def subset(self, process_set: RankSet) -> Transport:
+        size = process_set.size()
+        if size is None or size == self.size:
             return self
-        return CollectiveTransport(ordered.index(self.rank), len(ordered), self._gather, ordered)
+        return CollectiveTransport(process_set.rank() or 0, size, self._gather, process_set)
 
 
 class LoopbackTransport:
@@ -152,10 +159,10 @@ class LoopbackTransport:
             raise TransportError(f"rank {self.rank}: a peer left the all-gather or never came to it") from None
         return everything
 
-    def subset(self, ranks: Sequence[int]) -> Transport:
-        ordered = tuple(sorted(self._world[r] for r in ranks))
-        twin = LoopbackTransport(ordered.index(self._world[self.rank]), len(ordered), self._board, self._timeout)
-        twin._world = ordered
+    def subset(self, process_set: RankSet) -> Transport:
+        members = tuple(process_set.ranks or self._world)
+        twin = LoopbackTransport(members.index(self._world[self.rank]), len(members), self._board, self._timeout)
+        twin._world = members
         return twin
 
 

@@ -1,5 +1,6 @@
 """When and on what ranks agree."""
 
 from hvdscale.sync.every_step import EveryStep
+from hvdscale.sync.reduction import Reduction
 
-__all__ = ["EveryStep"]
+__all__ = ["EveryStep", "Reduction"]
