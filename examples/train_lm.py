@@ -103,7 +103,6 @@ def main() -> None:
     check_flags(flags)
     share = load_share(flags, rank, ranks)
 
-    keras.utils.set_random_seed(flags.seed)
     model = build_model(share.vocabulary, flags.context, flags.layers, flags.width, flags.heads, flags.seed)
     rate = keras.optimizers.schedules.CosineDecay(
         flags.lr / flags.warmup if flags.warmup else flags.lr,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -103,27 +105,39 @@ class _Bar:
 
         self._steps = steps
         self._console = Console()
+        self._drawn = _on_screen()
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
         self._progress = Progress(*columns, console=self._console)
         self._task = self._progress.add_task("", total=steps)
-        if self._console.is_terminal:
+        if self._drawn:
             self._progress.start()
 
     def step(self, step: int, loss: float, tokens_per_second: float) -> None:
         text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
-        if self._console.is_terminal:
+        if self._drawn:
             self._progress.update(self._task, completed=step, description=f"{text} (rank 0)")
         elif step % max(1, self._steps // 10) == 0:
             self.say(f"step {step:>5}  {text} (rank 0)")
 
     def say(self, line: str) -> None:
-        if self._console.is_terminal:
+        if self._drawn:
             self._progress.print(line, highlight=False)
         else:
             print(line, flush=True)
 
     def close(self) -> None:
-        self._progress.stop()
+        if self._drawn:
+            self._progress.stop()
+
+
+def _on_screen() -> bool:
+    """Whether a terminal shows our output. Open MPI gives each rank one of its own: mpirun's output is what counts."""
+    if not sys.stdout.isatty() or "OMPI_COMM_WORLD_RANK" not in os.environ:
+        return sys.stdout.isatty()
+    try:
+        return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith(("/dev/pts/", "/dev/tty"))
+    except OSError:  # no such file system, or mpirun is someone else's process
+        return False
 
 
 class Scalars:
