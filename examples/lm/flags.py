@@ -43,6 +43,10 @@ def check_flags(flags: argparse.Namespace) -> None:
     for name in ("layers", "width", "heads", "context", "steps", "batch_size", "eval_every"):
         if getattr(flags, name) < 1:
             raise PlanError(f"--{name.replace('_', '-')} must be at least 1; it is {getattr(flags, name)}.")
+    if flags.seed < 0:
+        raise PlanError(f"--seed must be at least 0; it is {flags.seed}.")
+    if not 0 < flags.lr < float("inf"):
+        raise PlanError(f"--lr must be a number above 0; it is {flags.lr}.")
     if flags.width % flags.heads:
         raise PlanError(f"--width must be a multiple of --heads; they are {flags.width} and {flags.heads}.")
     if not 0 <= flags.warmup < flags.steps:

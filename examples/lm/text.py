@@ -48,7 +48,8 @@ def _read_folder(folder: Path, pattern: str) -> list[Document]:
     texts = ((name.as_posix(), _decode((folder / name).read_bytes())) for name in names)
     documents = [Document(key, text) for key, text in texts if text]
     if not documents:
-        raise PlanError(f"--data {os.fspath(folder)!r}: {len(names)} files in this folder, none of them text.")
+        files = f"{len(names)} file{'' if len(names) == 1 else 's'}"
+        raise PlanError(f"--data {os.fspath(folder)!r}: {files} in this folder, none of them text.")
     return documents
 
 
