@@ -1,11 +1,167 @@
-"""Horovod for PyTorch, made right: every public name of ``horovod.torch``, and ours."""
+"""Horovod for PyTorch, made right: every public name of ``horovod.torch``, and ours.
+
+``broadcast_object`` and ``allgather_object`` are Horovod's own: they unpickle what other ranks send, so use them
+among machines you trust.
+"""
 
 from hvdscale.runtime.horovod import require_horovod
 
 require_horovod("torch")
 
-from horovod.torch import *  # noqa: E402, F403  placeholder until every name is listed
-from horovod.torch import rank, size, allreduce  # noqa
-from hvdscale.torch.runtime import init, runtime_settings, shutdown, world  # noqa: E402
+# ruff: noqa: E402
+from horovod.torch import (
+    Adasum,
+    Average,
+    Compression,
+    HorovodInternalError,
+    Max,
+    Min,
+    ProcessSet,
+    Product,
+    Sum,
+    add_process_set,
+    allgather_object,
+    barrier,
+    broadcast_object,
+    ccl_built,
+    cross_rank,
+    cross_size,
+    cuda_built,
+    ddl_built,
+    global_process_set,
+    gloo_built,
+    gloo_enabled,
+    is_initialized,
+    join,
+    local_rank,
+    local_size,
+    mpi_built,
+    mpi_enabled,
+    mpi_threads_supported,
+    nccl_built,
+    rank,
+    remove_process_set,
+    rocm_built,
+    size,
+    start_timeline,
+    stop_timeline,
+)
+from horovod.torch.mpi_ops import is_homogeneous
 
-__all__ = ["init", "runtime_settings", "shutdown", "world"]
+from hvdscale.errors import DesyncError, HvdscaleError, PlanError, StateError, TransportError, WorldError
+from hvdscale.sync import EveryStep, Reduction
+from hvdscale.torch import elastic
+from hvdscale.torch.batch_norm import SyncBatchNorm
+from hvdscale.torch.broadcast import broadcast_optimizer_state, broadcast_parameters
+from hvdscale.torch.collectives import (
+    allgather,
+    allgather_async,
+    allreduce,
+    allreduce_,
+    allreduce_async,
+    allreduce_async_,
+    alltoall,
+    alltoall_async,
+    broadcast,
+    broadcast_,
+    broadcast_async,
+    broadcast_async_,
+    grouped_allgather,
+    grouped_allgather_async,
+    grouped_allreduce,
+    grouped_allreduce_,
+    grouped_allreduce_async,
+    grouped_allreduce_async_,
+    grouped_reducescatter,
+    grouped_reducescatter_async,
+    poll,
+    reducescatter,
+    reducescatter_async,
+    sparse_allreduce_async,
+    synchronize,
+)
+from hvdscale.torch.gradients import reduce_gradients
+from hvdscale.torch.runtime import init, runtime_settings, shutdown, world
+from hvdscale.torch.sync import DistributedOptimizer
+
+__all__ = [
+    "Adasum",
+    "Average",
+    "Compression",
+    "DesyncError",
+    "DistributedOptimizer",
+    "EveryStep",
+    "HorovodInternalError",
+    "HvdscaleError",
+    "Max",
+    "Min",
+    "PlanError",
+    "ProcessSet",
+    "Product",
+    "Reduction",
+    "StateError",
+    "Sum",
+    "SyncBatchNorm",
+    "TransportError",
+    "WorldError",
+    "add_process_set",
+    "allgather",
+    "allgather_async",
+    "allgather_object",
+    "allreduce",
+    "allreduce_",
+    "allreduce_async",
+    "allreduce_async_",
+    "alltoall",
+    "alltoall_async",
+    "barrier",
+    "broadcast",
+    "broadcast_",
+    "broadcast_async",
+    "broadcast_async_",
+    "broadcast_object",
+    "broadcast_optimizer_state",
+    "broadcast_parameters",
+    "ccl_built",
+    "cross_rank",
+    "cross_size",
+    "cuda_built",
+    "ddl_built",
+    "elastic",
+    "global_process_set",
+    "gloo_built",
+    "gloo_enabled",
+    "grouped_allgather",
+    "grouped_allgather_async",
+    "grouped_allreduce",
+    "grouped_allreduce_",
+    "grouped_allreduce_async",
+    "grouped_allreduce_async_",
+    "grouped_reducescatter",
+    "grouped_reducescatter_async",
+    "init",
+    "is_homogeneous",
+    "is_initialized",
+    "join",
+    "local_rank",
+    "local_size",
+    "mpi_built",
+    "mpi_enabled",
+    "mpi_threads_supported",
+    "nccl_built",
+    "poll",
+    "rank",
+    "reduce_gradients",
+    "reducescatter",
+    "reducescatter_async",
+    "remove_process_set",
+    "rocm_built",
+    "runtime_settings",
+    "shutdown",
+    "size",
+    "sparse_allreduce_async",
+    "start_timeline",
+    "stop_timeline",
+    "synchronize",
+    "world",
+]

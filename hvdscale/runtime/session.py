@@ -73,7 +73,7 @@ def join(
     """
     launch = preparation.launch
     rank, size = horovod.rank(), horovod.size()
-    if comm is None or (isinstance(comm, Sequence) and not comm):
+    if not launch.elastic and (comm is None or (isinstance(comm, Sequence) and not comm)):
         _check_sizes(launch, size)
     transport: Transport
     if size == 1:
