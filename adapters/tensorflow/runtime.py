@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import horovod.tensorflow as _horovod
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.eager import context as _eager
 
 from hvdscale.errors import WorldError
 from hvdscale.runtime.session import World, join, prepare
@@ -32,7 +34,12 @@ def init(comm: Any = None, process_sets: Sequence[Any] | str | None = None) -> N
         WorldError: the launch variables do not fit together, or Horovod sees another world size.
     """
     global _world
+    # TensorFlow reads its thread counts when its runtime starts, with the first operation.
+    started = _eager.context()._initialized
     preparation = prepare()
+    if started:
+        settings = tuple(_late(s) for s in preparation.settings)
+        preparation = replace(preparation, settings=settings)
     _horovod.init(comm, process_sets)
     _world = join(preparation, _horovod, _gather, comm)
 
@@ -67,9 +74,16 @@ def control(process_set: RankSet | None = None) -> Transport:
 
 
 def _gather(vector: np.ndarray, process_set: RankSet | None) -> np.ndarray:
-    with tf.init_scope():  # eager even while a tf.function is traced
+    with _eager.eager_mode():  # also while a tf.function is traced or a TensorFlow 1 graph is built
         return _horovod.allgather(
             tf.constant(vector),
             name="hvdscale.control",
             process_set=process_set or _horovod.global_process_set,
         ).numpy()
+
+
+def _late(setting: Setting) -> Setting:
+    if not setting.name.startswith("TF_NUM_") or setting.origin != "hvdscale":
+        return setting
+    reason = f"TensorFlow had already run an operation when init() was called; call init() first. {setting.reason}"
+    return replace(setting, reason=reason, origin="late")

@@ -19,7 +19,8 @@ class Launch:
     """The place of this process in the job, as its launcher tells it.
 
     ``controller`` is how Horovod's ranks find each other: ``"mpi"``, ``"gloo"`` or ``"single"`` (no launcher).
-    ``local_rank`` and ``local_size`` count the ranks of this host.
+    ``local_rank`` and ``local_size`` count the ranks of this host. In an ``elastic`` job these are the values
+    the process started with: ranks come and go, and Horovod knows the present ones.
     """
 
     launcher: str
@@ -28,6 +29,7 @@ class Launch:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    elastic: bool = False
 
     @property
     def hosts(self) -> int:
@@ -103,7 +105,9 @@ def _parse(dialect: _Dialect, env: Mapping[str, str]) -> Launch:
             f"local rank {local_rank} of {local_size}. A rank lies in 0..size-1. "
             "Unset these variables or start the job again with its launcher."
         )
-    return Launch(dialect.launcher, dialect.controller, rank, size, local_rank, local_size)
+    return Launch(
+        dialect.launcher, dialect.controller, rank, size, local_rank, local_size, env.get("HOROVOD_ELASTIC") == "1"
+    )
 
 
 def _number(dialect: _Dialect, name: str, env: Mapping[str, str], default: int | None = None) -> int:

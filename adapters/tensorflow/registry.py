@@ -1,0 +1,53 @@
+"""The variables of a call, in words every rank must agree on before the first tensor moves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tensorflow as tf
+from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
+
+from hvdscale._version import __version__
+from hvdscale.runtime.agreement import Fingerprint, agree
+from hvdscale.tensorflow.messages import exchanges
+from hvdscale.tensorflow.runtime import control, world
+
+__all__ = ["agree_on", "describe", "stable_name"]
+
+# Keras numbers layers of a class in order of creation: "dense_1" is "dense" where one model less was built.
+_AUTOMATIC_NUMBER = re.compile(r"_\d+(?=/|$)")
+
+
+def stable_name(variable: Any) -> str:
+    """The name of a variable without what depends on how many others this process made before."""
+    name = getattr(variable, "path", None) or getattr(variable, "name", None) or "tensor"
+    return _AUTOMATIC_NUMBER.sub("", str(name).split(":")[0])
+
+
+def describe(variable: Any, kind: str = "") -> tuple[str, tuple[int, ...], str]:
+    """``(name, shape, dtype)`` of a variable or tensor; unknown lengths are -1, ``kind`` follows the dtype."""
+    shape = tf.TensorShape(variable.shape)
+    lengths = () if shape.rank is None else tuple(-1 if n is None else n for n in shape)
+    return stable_name(variable), lengths, f"{tf.as_dtype(variable.dtype).name}{kind}"
+
+
+def agree_on(
+    tensors: Sequence[tuple[str, tuple[int, ...], str]],
+    facts: Mapping[str, object],
+    about: str,
+    process_set: ProcessSet = global_process_set,
+) -> None:
+    """Check that all ranks of ``process_set`` are about to exchange the same tensors under the same settings.
+
+    In an elastic job nothing is compared while a graph is built: ranks that stay do not build it again
+    when others join.
+
+    Raises:
+        DesyncError: on every rank, naming the ranks and the first difference.
+    """
+    if not exchanges(process_set) or (world().launch.elastic and not tf.executing_eagerly()):
+        return
+    versions = {"hvdscale": __version__, "tensorflow": tf.__version__}
+    agree(Fingerprint.of(tensors, {**versions, **facts}), control(process_set), about)
