@@ -47,9 +47,10 @@ def test_any_optimizer_equals_one_process(driver: ContractDriver, hvd: Any, rank
 
 def test_gradients_are_averaged_when_backward_returns(hvd: Any, rank: int, size: int) -> None:
     model = network()
-    hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters())
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters())
     backward(model, rank)
     assert_gradients(model, mean_gradients(model, size))
+    optimizer.step()
 
 
 def test_horovods_way_of_clipping(driver: ContractDriver, hvd: Any, rank: int, size: int) -> None:
