@@ -1,4 +1,4 @@
-"""What torch ranks can build differently, beyond the table of ``test_desync.py``."""
+"""What torch ranks can build differently, beyond the table of ``test_torch_plans.py``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.contract.test_desync import expectation
+from tests.contract.test_torch_plans import expectation
 
 DIFFERENCES: dict[str, tuple[Callable[[nn.Sequential], Any], str]] = {
     "dtypes": (lambda m: m[1].double(), "float64"),
