@@ -21,7 +21,7 @@ _OPTIMIZERS: dict[str, Callable[[], keras.optimizers.Optimizer]] = {
 }
 
 
-@dataclass
+@dataclass(eq=False)
 class Distributed:
     """A Keras optimizer and how its gradients are reduced: what a native loop keeps in two variables."""
 
