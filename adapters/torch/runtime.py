@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from hvdscale.runtime.session import World, join, prepare
 from hvdscale.runtime.settings import Setting
 from hvdscale.runtime.transport import RankSet, Transport
 
-__all__ = ["control", "init", "runtime_settings", "shutdown", "world"]
+__all__ = ["control", "elastic", "init", "runtime_settings", "shutdown", "world"]
 
 _world: World | None = None
 
@@ -66,6 +67,11 @@ def control(process_set: RankSet | None = None) -> Transport:
     """The transport of small control messages among ``process_set`` (default: all ranks)."""
     transport = world().transport
     return transport if process_set is None else transport.subset(process_set)
+
+
+def elastic() -> bool:
+    """Whether ranks may come and go in this job (``horovodrun --min-np``)."""
+    return os.environ.get("HOROVOD_ELASTIC") == "1"
 
 
 def _gather(vector: np.ndarray, process_set: RankSet | None) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 from hvdscale.errors import WorldError
 from hvdscale.runtime.health import abort, end_job_on_error
 from hvdscale.runtime.launch import Launch, read_launch
-from hvdscale.runtime.settings import Setting, apply_settings, choose_settings, usable_cores
+from hvdscale.runtime.settings import Setting, put_in_force
 from hvdscale.runtime.transport import CollectiveTransport, Gather, MPITransport, SoloTransport, Transport
 
 __all__ = ["Preparation", "World", "join", "prepare"]
@@ -48,8 +48,7 @@ def prepare() -> Preparation:
         WorldError: the launch variables do not fit together.
     """
     launch = read_launch()
-    chosen = choose_settings(launch, usable_cores())
-    settled = apply_settings(chosen, os.environ, mpi_running=_mpi_is_running())
+    settled = put_in_force(launch, os.environ, mpi_running=_mpi_is_running())
     if launch.controller == "mpi":
         _import_mpi()
     threads = next((int(s.value) for s in settled if s.name == "OMP_NUM_THREADS" and s.value.isdigit()), 0)

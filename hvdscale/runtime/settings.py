@@ -5,15 +5,31 @@ Measured on ranks that share cores, and on hosts joined by slow links; ``ci/benc
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hvdscale.runtime import rules
+from hvdscale.runtime.cores import bound_by_default, own_cores, release_binding, usable_cores
 from hvdscale.runtime.launch import Launch
 
-__all__ = ["Setting", "apply_settings", "choose_settings", "usable_cores"]
+__all__ = [
+    "FRONT",
+    "Setting",
+    "apply_settings",
+    "choose_settings",
+    "put_in_force",
+    "usable_cores",
+    "user_mca_parameters",
+]
+
+FRONT = "HVDSCALE_RUN_SETTINGS"
+"""Variable in which ``hvdscale run`` lists the settings it has put in force: those are not the user's."""
+
+_MCA = "OMPI_MCA_"
+# Open MPI asks a rules file before it asks for a forced algorithm: who forced one must not meet our file.
+_ALLREDUCE_CHOICE = (f"{_MCA}coll_tuned_use_dynamic_rules", f"{_MCA}coll_tuned_dynamic_rules_filename")
+_FORCED_CHOICE = f"{_MCA}coll_tuned_allreduce_"
 
 
 @dataclass(frozen=True)
@@ -30,76 +46,87 @@ class Setting:
     origin: str = "hvdscale"
 
 
-# Open MPI's dynamic rules: <number of collectives>, <collective id>, <communicator sizes>, then per size
-# <message sizes> and one "<from bytes> <algorithm> <topology> <segment bytes>" line each.
-# Collective 2 is all-reduce; algorithm 3 is recursive doubling (fewest messages), 4 the ring (fewest bytes).
-_RING_FROM_BYTES = 64 * 1024
-_RULES = f"1\n2\n1\n2\n2\n0 3 0 0\n{_RING_FROM_BYTES} 4 0 0\n"
+def put_in_force(launch: Launch, env: MutableMapping[str, str], mpi_running: bool) -> tuple[Setting, ...]:
+    """Choose for this launch and apply to this process what the user has not set; every setting as it is in force."""
+    bound = launch.controller == "mpi" and launch.local_size > 1 and bound_by_default(env)
+    released = (_release(env),) if bound else ()
+    chosen = choose_settings(launch, usable_cores(), own_cores())
+    return (*released, *apply_settings(chosen, env, mpi_running))
 
 
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _release(env: Mapping[str, str]) -> Setting:
+    cores = release_binding(env)
+    why = (
+        "mpirun binds each rank of a small job to one core unless it is told how to bind, and a rank's compute threads "
+        "then share it with Horovod's; give mpirun --bind-to to choose yourself"
+    )
+    return Setting("CPU binding", f"none ({len(cores)} cores)", why)
 
 
-def choose_settings(launch: Launch, cores: int) -> tuple[Setting, ...]:
-    """The defaults for this launch on a host with ``cores`` cores, without looking at what the user set."""
+def choose_settings(launch: Launch, cores: int, own: int | None = None) -> tuple[Setting, ...]:
+    """The defaults for this launch, without looking at what the user set.
+
+    ``cores`` is how many the ranks of this host share, ``own`` how many of them this rank may run on (``None``: all).
+    """
     chosen: list[Setting] = []
-    threads = max(1, cores // launch.local_size)
     if launch.local_size > 1:
+        threads = max(1, min(cores if own is None else own, cores // launch.local_size))
         why = f"{launch.local_size} ranks share {cores} cores: each computes on {threads}"
-        chosen.append(Setting("OMP_NUM_THREADS", str(threads), why))
-        chosen.append(Setting("TF_NUM_INTRAOP_THREADS", str(threads), why))
-        chosen.append(Setting("TF_NUM_INTEROP_THREADS", str(threads), why))
+        for name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
+            chosen.append(Setting(name, str(threads), why))
     if launch.controller == "single":
         why = "no launcher: Horovod must not start MPI by itself, which aborts outside mpirun"
         chosen.append(Setting("HOROVOD_CONTROLLER", "gloo", why))
         chosen.append(Setting("HOROVOD_CPU_OPERATIONS", "gloo", why))
     if launch.controller == "mpi" and launch.size > 1:
-        chosen.append(
-            Setting(
-                "OMPI_MCA_mpi_yield_when_idle",
-                "1",
-                "a waiting rank gives its core to one that computes, instead of spinning on it",
-            )
-        )
-    if launch.controller == "mpi" and launch.spans_hosts:
+        why = "a waiting rank gives its core to one that computes, instead of spinning on it"
+        chosen.append(Setting(f"{_MCA}mpi_yield_when_idle", "1", why))
         why = (
-            f"ranks on several hosts: all-reduces from {_RING_FROM_BYTES // 1024} KiB go round the ring, "
-            "which sends the fewest bytes; smaller ones take the fewest messages"
+            f"all-reduces from {rules.RING_FROM_BYTES // 1024} KiB go round the ring, which sends the fewest bytes "
+            "and adds each number up once; smaller ones take the fewest messages"
         )
-        chosen.append(Setting("OMPI_MCA_coll_tuned_use_dynamic_rules", "1", why))
-        chosen.append(Setting("OMPI_MCA_coll_tuned_dynamic_rules_filename", str(_rules_path()), why))
+        for name, value in zip(_ALLREDUCE_CHOICE, ("1", str(rules.rules_path())), strict=True):
+            chosen.append(Setting(name, value, why))
     return tuple(chosen)
 
 
 def apply_settings(
     chosen: tuple[Setting, ...], env: MutableMapping[str, str], mpi_running: bool
 ) -> tuple[Setting, ...]:
-    """Write into ``env`` what the user has not set; return every setting as it is in force."""
-    settled = tuple(_settle(setting, env, mpi_running) for setting in chosen)
+    """Write into ``env`` what the user has not set; return every setting as it is in force.
+
+    The user sets an Open MPI parameter in the environment, on mpirun's command line, or in ``mca-params.conf``.
+    """
+    users = {**{f"{_MCA}{name}": value for name, value in user_mca_parameters(env).items()}, **env}
+    fronted = users.get(FRONT, "").split(",")
+    theirs = [n for n in users if n.startswith((*_ALLREDUCE_CHOICE, _FORCED_CHOICE)) and n not in fronted]
+    if theirs:
+        chosen = tuple(s for s in chosen if s.name not in _ALLREDUCE_CHOICE or s.name in theirs)
+    settled = tuple(_settle(setting, users, fronted, mpi_running) for setting in chosen)
     for setting in settled:
-        env.setdefault(setting.name, setting.value)
-    if any(s.name.endswith("rules_filename") and s.origin == "hvdscale" for s in settled):
-        _write_rules()
+        if setting.origin == "hvdscale":
+            env[setting.name] = setting.value
+        if setting.origin == "hvdscale" and setting.name == _ALLREDUCE_CHOICE[1]:
+            rules.write_rules(Path(setting.value))
     return settled
 
 
-def _settle(setting: Setting, env: Mapping[str, str], mpi_running: bool) -> Setting:
-    if setting.name in env:
-        return Setting(setting.name, env[setting.name], "set by you", "user")
-    if mpi_running and setting.name.startswith("OMPI_MCA_"):
+def _settle(setting: Setting, users: Mapping[str, str], fronted: Sequence[str], mpi_running: bool) -> Setting:
+    if setting.name in fronted and setting.name != _ALLREDUCE_CHOICE[1]:
+        return replace(setting, value=users.get(setting.name, setting.value))
+    if setting.name in users and setting.name not in fronted:
+        return replace(setting, value=users[setting.name], reason="set by you", origin="user")
+    if mpi_running and setting.name.startswith(_MCA):
         why = f"MPI was already running when init() was called; call init() first. {setting.reason}"
-        return Setting(setting.name, setting.value, why, "late")
-    return setting
+        return replace(setting, reason=why, origin="late")
+    return setting  # the rules file is always this host's own, wherever the job was started
 
 
-def _rules_path() -> Path:
-    return Path(tempfile.gettempdir()) / f"hvdscale-allreduce-rules-{os.getuid()}.conf"
-
-
-def _write_rules() -> None:
-    path = _rules_path()
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
-    fresh.write_text(_RULES)
-    fresh.replace(path)  # ranks of one host write the same bytes; none reads half a file
+def user_mca_parameters(env: Mapping[str, str]) -> dict[str, str]:
+    """What ``~/.openmpi/mca-params.conf`` sets: an environment variable of ours would silently override it."""
+    try:
+        text = (Path(env["HOME"]) / ".openmpi" / "mca-params.conf").read_text()
+    except (KeyError, OSError):
+        return {}
+    pairs = (line.split("#")[0].partition("=") for line in text.splitlines())
+    return {name.strip(): value.strip() for name, equals, value in pairs if equals}

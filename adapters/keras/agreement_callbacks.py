@@ -1,0 +1,99 @@
+"""Callbacks that make ranks agree: on the first weights, and on the metrics of an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+import numpy as np
+
+from hvdscale.errors import PlanError
+from hvdscale.keras.backend import verbs
+from hvdscale.keras.replicas import agree_on, broadcast_variables, model_state
+
+__all__ = ["BroadcastGlobalVariablesCallback", "MetricAverageCallback"]
+
+_World = verbs.horovod.global_process_set
+
+
+class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):  # type: ignore[misc]
+    """Copy the model's weights and the optimizer's state from one rank before the first step of ``fit``.
+
+    A model that has no variables yet when training begins is shared after its first batch. Seed generators are
+    not shared: dropout differs from rank to rank.
+
+    Args:
+        root_rank: the rank whose values everyone gets.
+        device: accepted as Horovod does; Keras places the operations.
+        local_variables: a variable or several that stay as they are.
+
+    Raises:
+        PlanError: ``local_variables`` holds something else than variables.
+        DesyncError: when training begins, if ranks hold different models or optimizers.
+    """
+
+    def __init__(self, root_rank: int, device: str = "", local_variables: Any = None) -> None:
+        super().__init__()
+        self.root_rank = root_rank
+        self.device = device
+        self.broadcast_done = False
+        given = [] if local_variables is None else local_variables
+        given = list(given) if isinstance(given, Iterable) and not hasattr(given, "dtype") else [given]
+        self._local: set[int] = set()
+        for variable in given:
+            self.register_local_var(variable)
+
+    def register_local_var(self, var: Any) -> None:
+        """Leave this variable as it is on each rank."""
+        if not hasattr(var, "assign"):
+            raise PlanError(f"local_variables takes variables, got {var!r}.")
+        self._local.update((id(var), id(getattr(var, "value", var))))
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        if self.broadcast_done or not self.model.built:
+            return
+        optimizer = self.model.optimizer
+        if optimizer is not None and not optimizer.built and self.model.trainable_variables:
+            optimizer.build(self.model.trainable_variables)
+        self._share()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if not self.broadcast_done:
+            self._share()
+
+    def _share(self) -> None:
+        optimizer = self.model.optimizer
+        state = [] if optimizer is None else list(optimizer.variables)
+        chosen = [
+            v for v in [*model_state(self.model), *state] if id(v) not in self._local and id(v.value) not in self._local
+        ]
+        if verbs.world().size > 1:
+            agree_on("the model and its optimizer", chosen, {"optimizer": type(optimizer).__name__}, _World)
+            broadcast_variables(chosen, self.root_rank)
+        self.broadcast_done = True
+
+
+class MetricAverageCallback(keras.callbacks.Callback):  # type: ignore[misc]
+    """Replace the metrics of an epoch, validation included, by their averages over ranks.
+
+    They are replaced in place: callbacks that come later in the list see the averages. A metric that is
+    not a number on one rank is not a number on all. Ranks with different metrics get a ``DesyncError``.
+
+    Args:
+        device: accepted as Horovod does.
+    """
+
+    def __init__(self, device: str = "") -> None:
+        super().__init__()
+        self.device = device
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if not logs or verbs.world().size == 1:
+            return
+        names = sorted(name for name, value in logs.items() if np.ndim(value) == 0)
+        own = np.array([float(logs[name]) for name in names], np.float64)  # [metrics]
+        agree_on("the metrics of the epoch", (), {"metrics": ", ".join(names)}, _World)
+        everyone = verbs.control().allgather(own.tobytes())
+        average = np.mean([np.frombuffer(data, np.float64) for data in everyone], axis=0)
+        logs.update(zip(names, average.tolist(), strict=True))

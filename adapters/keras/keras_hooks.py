@@ -1,0 +1,82 @@
+"""Two places where Keras must know that an optimizer is distributed, and has no argument to say so.
+
+``LossScaleOptimizer`` (Keras puts it around the optimizer under mixed_float16) skips a step when its own
+gradients are not finite. Ranks would decide differently, and those that go on would wait for ever in the
+reduction inside. So the gradients are reduced before that check; where they are still being accumulated,
+ranks agree on the outcome of the check.
+
+``compile(jit_compile="auto")`` turns XLA on where there is a GPU. XLA has no kernels for Horovod, so for a
+model with a distributed optimizer "auto" means off.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import ops
+from keras.src.trainers.trainer import Trainer
+
+from hvdscale.keras.backend import verbs
+
+__all__ = ["install_hooks", "reducer_of"]
+
+
+def reducer_of(optimizer: Any) -> Any:
+    """The ``Reducer`` of a distributed optimizer, or ``None``."""
+    return getattr(optimizer, "_hvdscale", None)
+
+
+@functools.cache
+def install_hooks() -> None:
+    """Put both in place, once per process. Optimizers that are not distributed behave as before."""
+    loss_scale: Any = keras.optimizers.LossScaleOptimizer
+    loss_scale.apply = _reduce_before_check(loss_scale.apply)
+    trainer: Any = Trainer
+    trainer._resolve_auto_jit_compile = _auto_means_off(trainer._resolve_auto_jit_compile)
+
+
+def _reduce_before_check(plain: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def apply(self: Any, grads: Any, trainable_variables: Any = None) -> Any:
+        inner = self.inner_optimizer
+        reducer = reducer_of(inner)
+        if reducer is None or not reducer.exchanges:
+            return plain(self, grads, trainable_variables)
+        variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
+        grads = list(grads)
+        if not grads or len(grads) != len(variables):
+            return plain(self, grads, trainable_variables)  # Keras says what is wrong
+        reducer.prepare(self, grads, variables)
+        grads = reducer.complete(grads, variables)
+        if reducer.accumulator.passes > 1 or inner.defers:
+            return plain(self, _agreed(grads, self.check_finite(grads), reducer), variables)
+        grads = reducer.reduce(grads, variables)
+        with reducer.already_reduced():
+            return plain(self, grads, variables)
+
+    return apply
+
+
+def _agreed(grads: list[Any], finite: Any, reducer: Any) -> list[Any]:
+    """``grads``, made not finite on every rank when they are so on one."""
+    bad = ops.cast(ops.logical_not(finite), "float32")
+    anywhere = verbs.sum_over_ranks(bad, reducer.plan.process_set, f"{reducer.plan.name}.finite")
+    first = next(i for i, g in enumerate(grads) if g is not None)
+    poison = ops.where(anywhere > 0, float("nan"), 0.0)
+    dense = verbs.as_dense(grads[first])
+    return [*grads[:first], ops.add(dense, ops.cast(poison, dense.dtype)), *grads[first + 1 :]]
+
+
+def _auto_means_off(plain: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    @functools.wraps(plain)
+    def resolve(self: Any) -> bool:
+        optimizer = getattr(self, "optimizer", None)
+        inner = getattr(optimizer, "inner_optimizer", None)
+        if reducer_of(optimizer) is not None or reducer_of(inner) is not None:
+            return False
+        return plain(self)
+
+    return resolve

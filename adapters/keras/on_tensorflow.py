@@ -1,0 +1,105 @@
+"""The verbs of the Keras adapter on the TensorFlow backend; ``on_torch`` is its twin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import horovod.tensorflow as horovod
+import keras
+import numpy as np
+import tensorflow as tf
+from horovod.tensorflow.compression import Compression
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+
+from hvdscale.tensorflow.runtime import control, init, runtime_settings, shutdown, world
+from hvdscale.tensorflow.sync import reduce_gradients
+
+__all__ = [
+    "Compression",
+    "apart_from_compilers",
+    "as_dense",
+    "broadcast_bytes",
+    "compiled_by_xla",
+    "control",
+    "eager",
+    "horovod",
+    "init",
+    "initialised",
+    "reduce_gradients",
+    "runtime_settings",
+    "scaled",
+    "shutdown",
+    "sum_over_ranks",
+    "tensor",
+    "world",
+    "zeros_like",
+]
+
+FRAMEWORK = "tensorflow"
+
+
+def eager() -> AbstractContextManager[Any]:
+    """What runs inside happens now, once, even while a ``tf.function`` is traced."""
+    context: AbstractContextManager[Any] = tf.init_scope()
+    return context
+
+
+def initialised(variables: Sequence[Any]) -> bool:
+    """Whether values can be read now: not so in the first of the two traces that create variables."""
+    with tf.init_scope():
+        return all(
+            bool(tf.compat.v1.is_variable_initialized(getattr(v, "value", v)))
+            if isinstance(getattr(v, "value", v), tf.Variable)
+            else True
+            for v in variables
+        )
+
+
+def compiled_by_xla() -> bool:
+    """Whether the graph being traced will be compiled by XLA, for which Horovod has no kernels."""
+    return not tf.executing_eagerly() and bool(GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
+
+
+def apart_from_compilers(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` unchanged: XLA is refused when it is traced."""
+    return function
+
+
+def tensor(value: Any) -> Any:
+    """A backend tensor of a number, an array, a tensor or a Keras variable."""
+    if isinstance(value, tf.IndexedSlices):
+        return value
+    return tf.convert_to_tensor(value.value if isinstance(value, keras.Variable) else value)
+
+
+def as_dense(gradient: Any) -> Any:
+    """A dense tensor of a gradient that may be ``IndexedSlices``."""
+    return tf.convert_to_tensor(gradient)
+
+
+def scaled(gradient: Any, factor: float) -> Any:
+    """``gradient * factor``, sparse or dense."""
+    if isinstance(gradient, tf.IndexedSlices):
+        values = gradient.values * tf.cast(factor, gradient.values.dtype)
+        return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+    return gradient * tf.cast(factor, gradient.dtype)
+
+
+def zeros_like(variable: Any) -> Any:
+    """A gradient of zeros for ``variable``."""
+    return tf.zeros(variable.shape, variable.dtype)
+
+
+def broadcast_bytes(data: np.ndarray, root_rank: int, process_set: Any, name: str) -> np.ndarray:
+    """``data`` (uint8) of ``root_rank``, on every rank of ``process_set``."""
+    with tf.init_scope():
+        sent = horovod.broadcast(tf.constant(data), root_rank, name=name, process_set=process_set)
+        result: np.ndarray = sent.numpy()
+        return result
+
+
+def sum_over_ranks(value: Any, process_set: Any, name: str | None = None) -> Any:
+    """The sum of a float tensor over ranks; its gradient is summed over ranks too."""
+    return horovod.allreduce(value, op=horovod.Sum, process_set=process_set, name=name)

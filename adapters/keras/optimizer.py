@@ -1,0 +1,247 @@
+"""``DistributedOptimizer``: a Keras optimizer that reduces its gradients over ranks before it applies them."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import keras
+from keras.src.saving import object_registration
+
+from hvdscale.errors import PlanError
+from hvdscale.keras.backend import verbs
+from hvdscale.keras.keras_hooks import install_hooks, reducer_of
+from hvdscale.keras.plan import Distribution
+from hvdscale.keras.reducer import Reducer
+
+__all__ = ["DistributedOptimizer", "PartialDistributedOptimizer"]
+
+Compression = verbs.Compression
+Average = verbs.horovod.Average
+global_process_set = verbs.horovod.global_process_set
+
+_made = 0  # optimizers wrapped so far: the same number on every rank, for messages' names
+
+
+def DistributedOptimizer(
+    optimizer: Any,
+    name: str | None = None,
+    device_dense: str = "",
+    device_sparse: str = "",
+    compression: Any = Compression.none,
+    sparse_as_dense: bool = False,
+    gradient_predivide_factor: float = 1.0,
+    op: Any = Average,
+    backward_passes_per_step: int = 1,
+    average_aggregated_gradients: bool = False,
+    num_groups: int = 0,
+    groups: int | Collection[Collection[Any]] | None = None,
+    process_set: Any = global_process_set,
+    scale_local_gradients: bool = True,
+    *,
+    sync: Any = None,
+    model: Any = None,
+) -> Any:
+    """Make ``optimizer`` reduce its gradients over ranks before it applies them; returns the same object.
+
+    Its state, configuration, learning rate and everything that refers to it stay. It works under ``fit``,
+    ``train_on_batch``, ``apply``, ``apply_gradients`` and inside ``tf.function``. Clipping, weight decay
+    and moving averages see the reduced gradients. With ``gradient_accumulation_steps`` ranks exchange once per
+    update. A saved model holds the plain optimizer: ``keras.models.load_model`` reads it, and
+    ``hvdscale.keras.load_model`` distributes it again.
+
+    Args:
+        optimizer: any Keras 3 optimizer, also one that is built or compiled into a model already.
+        name: head of the messages' names.
+        device_dense, device_sparse: accepted as Horovod does; Keras places the operations.
+        compression: ``Compression.none`` or ``Compression.fp16``.
+        sparse_as_dense: reduce sparse gradients as dense ones.
+        gradient_predivide_factor: with ``op=Average``, part of the division that is done before the sum.
+        op: ``Average``, ``Sum`` or ``Adasum``.
+        backward_passes_per_step: batches whose gradients are added up locally before they are reduced and
+            applied. ``optimizer.iterations`` and learning-rate schedules count updates, not batches.
+        average_aggregated_gradients: divide those sums by ``backward_passes_per_step``.
+        num_groups: Horovod's older name of an integer ``groups``.
+        groups: number of messages, or lists of variables that travel together.
+        process_set: ranks that take part; others apply their own gradients.
+        scale_local_gradients: divide gradients of local variables by the number of ranks.
+        sync: when ranks agree, and on what; ``None`` is ``EveryStep()``.
+        model: its weights, and the optimizer's state, are copied from the first rank before the first step.
+            Seed generators are not: dropout differs from rank to rank.
+
+    Raises:
+        PlanError: not a Keras optimizer, distributed already, or arguments that cannot be.
+        DesyncError: at the first step, when ranks differ in variables, optimizer, plan or versions.
+    """
+    global _made
+    if num_groups:
+        warnings.warn("num_groups is now called groups.", DeprecationWarning, stacklevel=2)
+        groups = num_groups if groups is None else groups
+    _check(optimizer)
+    kind = type(optimizer).__name__
+    plan = Distribution.of(
+        op=op,
+        predivide=gradient_predivide_factor,
+        passes=backward_passes_per_step,
+        average_passes=average_aggregated_gradients,
+        groups=groups,
+        sparse_as_dense=sparse_as_dense,
+        compression=compression,
+        process_set=process_set,
+        scale_local=scale_local_gradients,
+        name=f"{name or 'Distributed' + kind}.{_made}",
+        sync=sync,
+    )
+    _made += 1
+    install_hooks()
+    reducer = Reducer(plan, kind, model)
+    # Past the setattr of Keras and TensorFlow: this is no state to track or save.
+    object.__setattr__(optimizer, "_hvdscale", reducer)
+    object.__setattr__(optimizer, "__class__", _distributed(type(optimizer)))
+    reducer.share_early()
+    return optimizer
+
+
+def PartialDistributedOptimizer(
+    optimizer: Any,
+    name: str | None = None,
+    device_dense: str = "",
+    device_sparse: str = "",
+    compression: Any = Compression.none,
+    sparse_as_dense: bool = False,
+    gradient_predivide_factor: float = 1.0,
+    op: Any = Average,
+    groups: int | Collection[Collection[Any]] | None = None,
+    process_set: Any = global_process_set,
+    local_layers: Any = None,
+    scale_local_gradients: bool = True,
+    **ours: Any,
+) -> Any:
+    """``DistributedOptimizer`` in which the weights of ``local_layers`` keep each rank's own gradients.
+
+    Args:
+        local_layers: a built Keras layer or several.
+        scale_local_gradients: divide their gradients by the number of ranks.
+        ours: further keyword arguments of ``DistributedOptimizer``.
+
+    Raises:
+        PlanError: ``local_layers`` are not built Keras layers; and as ``DistributedOptimizer``.
+    """
+    layers = [] if local_layers is None else local_layers
+    layers = [layers] if isinstance(layers, keras.layers.Layer) else list(layers)
+    for layer in layers:
+        if not isinstance(layer, keras.layers.Layer):
+            raise PlanError(f"local_layers takes Keras layers, got {layer!r}.")
+        if not layer.built:
+            raise PlanError(f"Layer {layer.name!r} has no variables yet. Build the model before it is named local.")
+    distributed = DistributedOptimizer(
+        optimizer,
+        name=name,
+        device_dense=device_dense,
+        device_sparse=device_sparse,
+        compression=compression,
+        sparse_as_dense=sparse_as_dense,
+        gradient_predivide_factor=gradient_predivide_factor,
+        op=op,
+        groups=groups,
+        process_set=process_set,
+        scale_local_gradients=scale_local_gradients,
+        **ours,
+    )
+    for layer in layers:
+        for variable in layer.trainable_weights:
+            distributed.register_local_var(variable)
+    return distributed
+
+
+def _check(optimizer: Any) -> None:
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise PlanError(
+            f"DistributedOptimizer takes a Keras 3 optimizer, got {type(optimizer).__module__}."
+            f"{type(optimizer).__qualname__}. Pass an object such as keras.optimizers.Adam(1e-3)."
+        )
+    inner = getattr(optimizer, "inner_optimizer", None)
+    if reducer_of(optimizer) is not None or reducer_of(inner) is not None:
+        raise PlanError(f"This {optimizer.name} is distributed already. Wrap an optimizer once.")
+
+
+class _Distributed:
+    """Comes before the optimizer's own class in its method resolution order."""
+
+    _hvdscale: Reducer
+
+    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> Any:
+        reducer = self._hvdscale
+        plain: Any = super()
+        passes = reducer.accumulator.passes
+        variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)  # type: ignore[attr-defined]
+        grads = list(grads)
+        if not grads or len(grads) != len(variables) or (passes == 1 and not reducer.exchanges):
+            return plain.apply(grads, trainable_variables)
+        if not reducer.suspended:
+            reducer.prepare(self, grads, variables)
+            grads = reducer.complete(grads, variables)
+        if passes > 1:
+            if not self.built:  # type: ignore[has-type]
+                self.build(variables)  # no variable can be made inside the branch that follows
+                self.built = True
+            return reducer.accumulator.add(
+                grads, variables, lambda sums: plain.apply(reducer.reduce(sums, variables), variables)
+            )
+        if self.defers:
+            reducer.deferred = [v for g, v in zip(grads, variables, strict=True) if g is not None]
+            try:
+                return plain.apply(grads, variables)
+            finally:
+                reducer.deferred = None
+        return plain.apply(reducer.reduce(grads, variables), variables)
+
+    @property
+    def defers(self) -> bool:
+        """Whether Keras accumulates gradients first, so that they are reduced where it is done with that."""
+        return bool(self.gradient_accumulation_steps) and not hasattr(self, "inner_optimizer")  # type: ignore[attr-defined]
+
+    def _clip_gradients(self, grads: list[Any]) -> list[Any]:
+        deferred = self._hvdscale.deferred
+        if deferred is not None:
+            grads = self._hvdscale.reduce(grads, deferred)
+        clipped: list[Any] = super()._clip_gradients(grads)  # type: ignore[misc]
+        return clipped
+
+    def build(self, variables: Sequence[Any]) -> None:
+        self._hvdscale.share_early()  # first: some optimizers start from the weights
+        super().build(variables)  # type: ignore[misc]
+
+    def register_local_var(self, var: Any) -> None:
+        """Keep each rank's own gradients for this variable."""
+        self._hvdscale.local.add(id(var))
+
+
+@functools.cache
+def _distributed(base: type) -> type:
+    """A subclass of ``base`` that looks like it: a saved model names ``base``."""
+
+    def from_config(cls: type, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        arguments = {} if custom_objects is None else {"custom_objects": custom_objects}
+        return base.from_config(config, **arguments)  # type: ignore[attr-defined]
+
+    disguise = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "from_config": classmethod(from_config),
+    }
+    made = type(base.__name__, (_Distributed, base), disguise)
+    _share_registration(base, made)
+    return made
+
+
+def _share_registration(base: type, made: type) -> None:
+    """Keras looks the name it saves up by class: give ``made`` the name of ``base``."""
+    from keras.src import api_export
+
+    for names in (api_export.REGISTERED_OBJS_TO_NAMES, object_registration.GLOBAL_CUSTOM_NAMES):
+        if base in names:
+            names[made] = names[base]

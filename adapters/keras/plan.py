@@ -1,0 +1,93 @@
+"""The arguments of ``DistributedOptimizer``, checked where they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from hvdscale.errors import PlanError
+from hvdscale.keras.backend import verbs
+from hvdscale.sync import EveryStep, Reduction
+
+__all__ = ["Distribution"]
+
+_OPS = {
+    verbs.horovod.Average: "average",
+    verbs.horovod.Sum: "sum",
+    verbs.horovod.Adasum: "adasum",
+}
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """How one optimizer's gradients are reduced.
+
+    Args:
+        reduction: op, predivision, passes, a number of groups, ``sparse_as_dense``.
+        groups: lists of variables that travel together; empty without such lists.
+        compression: a class with Horovod's ``compress`` and ``decompress``.
+        process_set: the ranks that take part.
+        average_passes: divide the gradients added up over ``reduction.passes`` by their number.
+        scale_local: divide the gradients of local variables by the number of ranks.
+        name: head of the messages' names.
+    """
+
+    reduction: Reduction
+    groups: tuple[tuple[Any, ...], ...]
+    compression: Any
+    process_set: Any
+    average_passes: bool
+    scale_local: bool
+    name: str
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        op: Any,
+        predivide: float,
+        passes: int,
+        average_passes: bool,
+        groups: int | Collection[Collection[Any]] | None,
+        sparse_as_dense: bool,
+        compression: Any,
+        process_set: Any,
+        scale_local: bool,
+        name: str,
+        sync: Any,
+    ) -> Distribution:
+        """Horovod's arguments as a plan.
+
+        Raises:
+            PlanError: a value that cannot be.
+        """
+        if sync is not None and not isinstance(sync, EveryStep):
+            raise PlanError(
+                f"sync={sync!r} is not a plan this version knows for Keras. Leave it out, or pass hvd.EveryStep()."
+            )
+        if op not in _OPS:
+            raise PlanError(f"op must be hvd.Average, hvd.Sum or hvd.Adasum, got {op!r}.")
+        lists: tuple[tuple[Any, ...], ...] = ()
+        if groups is not None and not isinstance(groups, int):
+            lists, groups = tuple(tuple(group) for group in groups), None
+        reduction = Reduction(
+            op=_OPS[op],  # type: ignore[arg-type]
+            predivide=predivide,
+            passes=passes,
+            groups=groups or None,
+            sparse_as_dense=sparse_as_dense,
+        )
+        return cls(reduction, lists, compression, process_set, average_passes, scale_local, name)
+
+    def facts(self) -> dict[str, object]:
+        """What must be the same on every rank."""
+        compression = getattr(self.compression, "__name__", type(self.compression).__name__)
+        return {
+            "reduction": self.reduction,
+            "groups": [[getattr(v, "path", "?") for v in group] for group in self.groups],
+            "compression": compression,
+            "ranks": self.process_set.ranks,
+            "average_aggregated_gradients": self.average_passes,
+            "scale_local_gradients": self.scale_local,
+        }

@@ -1,0 +1,178 @@
+"""What stands between an optimizer's gradients and its update: agreement, first broadcast, reduction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from hvdscale.errors import PlanError
+from hvdscale.keras.accumulator import Accumulator
+from hvdscale.keras.backend import verbs
+from hvdscale.keras.plan import Distribution
+from hvdscale.keras.replicas import agree_on, broadcast_variables, model_state, path_of
+from hvdscale.sync import Reduction
+
+__all__ = ["Reducer"]
+
+
+class Reducer:
+    """The distributed part of one optimizer. Its decisions are taken in Python, once, also under tracing."""
+
+    def __init__(self, plan: Distribution, kind: str, model: Any = None) -> None:
+        self.plan = plan
+        self.kind = kind
+        self.accumulator = Accumulator(plan.reduction.passes, plan.average_passes)
+        self.local: set[int] = set()
+        self.suspended = False  # a wrapper of our optimizer has reduced already
+        self.deferred: list[Any] | None = None  # variables of gradients that Keras is still accumulating
+        self._model = model
+        self._shared = False
+        self._has_gradient: dict[int, bool] = {}  # variable -> whether any rank computes a gradient for it
+        self._reduction: Reduction | None = None
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether this rank has anyone to exchange with.
+
+        Raises:
+            WorldError: before ``init()``.
+        """
+        if verbs.world().size == 1:
+            return False
+        return bool(self.plan.process_set.included()) and self.plan.process_set.size() > 1
+
+    # Before the first step ------------------------------------------------------------------------------
+
+    def share_early(self) -> None:
+        """``share_model`` as soon as the model has variables, so that the first gradient is taken at equal weights."""
+        if not self._shared:
+            self.share_model()
+
+    def share_model(self) -> None:
+        """Copy the model's weights from the first rank, if a model was given and has its variables."""
+        model = self._model
+        if model is None or not model.built or not self.exchanges:
+            return
+        weights = model_state(model)
+        if not weights or not verbs.initialised(weights):
+            return
+        agree_on("the model", weights, {"optimizer": self.kind, **self.plan.facts()}, self.plan.process_set)
+        broadcast_variables(weights, self._root, self.plan.process_set)
+        self._shared = True
+
+    def prepare(self, optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
+        """Build the optimizer, agree, and copy the first rank's state: before these variables' first update."""
+        if all(id(v) in self._has_gradient for v in variables) or not verbs.initialised(variables):
+            return
+        with verbs.eager():
+            if self.exchanges:
+                self._agree(gradients, variables)
+                self.share_model()  # again: weights may have been loaded on one rank since
+            if not optimizer.built:
+                optimizer.build(list(variables))
+            if self.exchanges and self._model is not None:
+                broadcast_variables(optimizer.variables, self._root, self.plan.process_set)
+                self._model = None
+
+    @property
+    def _root(self) -> int:
+        ranks = self.plan.process_set.ranks
+        return int(ranks[0]) if ranks else 0
+
+    def _agree(self, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
+        overwritten = [path_of(v) for v in variables if getattr(v, "overwrite_with_gradient", False)]
+        if overwritten:
+            raise PlanError(
+                f"Float8 scales cannot be averaged over ranks, and {overwritten[0]} is one. "
+                "Quantise after training, or train in mixed_bfloat16."
+            )
+        facts = {"optimizer": self.kind, **self.plan.facts()}
+        agree_on("the optimizer's variables", variables, facts, self.plan.process_set)
+        present = bytes(g is not None for g in gradients)
+        everyone = verbs.control(self.plan.process_set).allgather(present)
+        for i, variable in enumerate(variables):
+            self._has_gradient[id(variable)] = any(seen[i] for seen in everyone)
+
+    def join(self, variables: Sequence[Any]) -> None:
+        """Agree anew after ranks came or went; called by all of them, those that know and those that do not."""
+        if not self.exchanges:
+            return
+        facts = {"optimizer": self.kind, **self.plan.facts()}
+        agree_on("the optimizer's variables", variables, facts, self.plan.process_set)
+        # Per variable: 0 not known here, 1 no gradient, 2 a gradient.
+        known = bytes(0 if id(v) not in self._has_gradient else 1 + self._has_gradient[id(v)] for v in variables)
+        everyone = verbs.control(self.plan.process_set).allgather(known)
+        for i, variable in enumerate(variables):
+            claim = max(seen[i] for seen in everyone)
+            if claim:
+                self._has_gradient[id(variable)] = claim == 2
+        self._model = None
+
+    # Each step ------------------------------------------------------------------------------------------
+
+    def complete(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+        """``gradients`` with zeros where only other ranks compute one, so that all ranks send the same list.
+
+        Raises:
+            PlanError: a gradient where no rank had one at the first step.
+        """
+        result = list(gradients)
+        for i, (gradient, variable) in enumerate(zip(gradients, variables, strict=True)):
+            expected = self._has_gradient.get(id(variable), gradient is not None)
+            if gradient is None and expected:
+                result[i] = verbs.zeros_like(variable)
+            elif gradient is not None and not expected:
+                raise PlanError(
+                    f"{path_of(variable)} has a gradient now, but no rank had one at the first step. "
+                    "Freeze it, or let it take part from the start."
+                )
+        return result
+
+    @verbs.apart_from_compilers
+    def reduce(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+        """The gradients of all ranks as one list; ``None`` stays ``None``.
+
+        Raises:
+            PlanError: under XLA, which has no kernels for Horovod.
+        """
+        if self.suspended or not self.exchanges:
+            return list(gradients)
+        if verbs.compiled_by_xla():
+            raise PlanError(
+                "XLA cannot compile Horovod's operations. Call model.compile(..., jit_compile=False), and leave "
+                "jit_compile out of tf.function."
+            )
+        local = [id(v) in self.local for v in variables]
+        reduced = verbs.reduce_gradients(
+            [None if mine else g for g, mine in zip(gradients, local, strict=True)],
+            self._positions(variables),
+            compression=self.plan.compression,
+            process_set=self.plan.process_set,
+            name=self.plan.name,
+        )
+        share = 1.0 / self.plan.process_set.size() if self.plan.scale_local else 1.0
+        return [
+            (g if g is None or share == 1.0 else verbs.scaled(g, share)) if mine else r
+            for g, r, mine in zip(gradients, reduced, local, strict=True)
+        ]
+
+    def _positions(self, variables: Sequence[Any]) -> Reduction:
+        """The reduction with the user's groups as positions in ``variables``."""
+        if not self.plan.groups:
+            return self.plan.reduction
+        places = {id(v): i for i, v in enumerate(variables)}
+        return replace(
+            self.plan.reduction,
+            groups=tuple(tuple(places[id(v)] for v in group if id(v) in places) for group in self.plan.groups),
+        )
+
+    @contextmanager
+    def already_reduced(self) -> Iterator[None]:
+        """Within, ``reduce`` hands gradients back as they are."""
+        self.suspended = True
+        try:
+            yield
+        finally:
+            self.suspended = False

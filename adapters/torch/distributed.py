@@ -1,0 +1,314 @@
+"""Turning an optimizer into a distributed one in place: the same object, of a subclass of its own type.
+
+The step itself is not overridden. Work is done in the optimizer's own step hooks, so learning-rate schedulers,
+gradient scalers and hooks made before or after find what they expect, once per step.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import horovod.torch as _horovod
+import torch
+from horovod.torch import ProcessSet, global_process_set
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hvdscale._version import __version__
+from hvdscale.errors import PlanError, StateError
+from hvdscale.runtime.agreement import Fingerprint, agree
+from hvdscale.sync import EveryStep, Reduction
+from hvdscale.torch.adasum import DeltaReducer
+from hvdscale.torch.names import parameter_names
+from hvdscale.torch.reducer import Reducer
+from hvdscale.torch.runtime import control, elastic
+
+__all__ = ["DistributedMixin", "Terms", "distribute", "plain_class"]
+
+_ZERO_GRAD = (
+    "optimizer.zero_grad() was called after loss.backward() but before optimizer.step() or optimizer.synchronize(). "
+    "This is prohibited as it can cause a race condition."
+)
+
+_wrapped = 0  # optimizers made distributed by this process: part of message names, so that models do not collide
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How one optimizer's gradients are reduced: what all ranks must agree on."""
+
+    reduction: Reduction
+    plan: EveryStep
+    compression: Any
+    process_set: ProcessSet
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Terms:
+        return self
+
+    def facts(self, optimizer: Optimizer, number: int) -> dict[str, object]:
+        kind = plain_class(optimizer)
+        return {
+            "hvdscale": __version__,
+            "torch": torch.__version__,
+            "optimizer": f"{kind.__module__}.{kind.__qualname__}",
+            "optimizers wrapped before": number,
+            "plan": self.plan,
+            "reduction": self.reduction,
+            "compression": getattr(self.compression, "__name__", type(self.compression).__name__),
+        }
+
+
+class _Exchange(Protocol):
+    """What runs around a step; ``Reducer`` and ``DeltaReducer``."""
+
+    watches_gradients: bool
+    passes: int
+
+    @property
+    def busy(self) -> bool: ...
+
+    def add(self, named: Sequence[tuple[str, Tensor]]) -> None: ...
+
+    def set_passes(self, passes: int) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def new_round(self) -> None: ...
+
+    def forget(self) -> None: ...
+
+    def before_step(self) -> None: ...
+
+    def after_step(self) -> None: ...
+
+
+@dataclass
+class _Attachment:
+    """What hvdscale keeps on an optimizer. ``exchange`` is ``None`` where this rank steps alone."""
+
+    terms: Terms
+    names: dict[int, str] | None  # by id, as far as the user gave them
+    named: list[tuple[str, Tensor]]
+    number: int
+    exchange: _Exchange | None
+    skip: bool = False
+
+
+class DistributedMixin:
+    """What a distributed optimizer adds to its type. Not made directly: see ``DistributedOptimizer``."""
+
+    _hvdscale: _Attachment
+    param_groups: list[dict[str, Any]]
+
+    @property
+    def backward_passes_per_step(self) -> int:
+        return self._hvdscale.terms.reduction.passes
+
+    def set_backward_passes_per_step(self, passes: int) -> None:
+        """Change how many backward passes are accumulated before gradients are reduced."""
+        held = self._hvdscale
+        held.terms = replace(held.terms, reduction=replace(held.terms.reduction, passes=passes))
+        if held.exchange is not None:
+            held.exchange.set_passes(passes)
+
+    def synchronize(self) -> None:
+        """Wait until ``.grad`` of every parameter holds the reduced gradient. Collective.
+
+        Needed before gradients are read or changed only where some parameters get none in a backward pass, or
+        gradients are reduced before all passes of ``backward_passes_per_step``; a second call does nothing.
+        """
+        if self._hvdscale.exchange is not None:
+            self._hvdscale.exchange.synchronize()
+
+    @contextmanager
+    def skip_synchronize(self) -> Iterator[None]:
+        """A step inside does not reduce gradients: ``synchronize()`` was called before."""
+        held = self._hvdscale
+        if held.exchange is not None and not held.exchange.watches_gradients:
+            raise AssertionError("Skipping synchronization is not supported when using Adasum optimizer.")
+        held.skip = True
+        try:
+            yield
+        finally:
+            held.skip = False
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        exchange = self._hvdscale.exchange
+        if exchange is not None:
+            if exchange.busy:
+                raise AssertionError(_ZERO_GRAD)
+            exchange.new_round()
+        super().zero_grad(set_to_none=set_to_none)  # type: ignore[misc]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters later; theirs are reduced too. Collective: every rank adds the same group."""
+        super().add_param_group(param_group)  # type: ignore[misc]
+        held = self._hvdscale
+        last = len(self.param_groups) - 1
+        try:
+            named = parameter_names(self.param_groups[last:], held.names, last)
+        except PlanError:
+            self.param_groups.pop()
+            raise
+        held.named += named
+        if held.exchange is not None:
+            _agree(self, held, "a parameter group")  # type: ignore[arg-type]
+            held.exchange.add(named)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._hvdscale.exchange is not None:
+            self._hvdscale.exchange.forget()
+        super().load_state_dict(state_dict)  # type: ignore[misc]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        revived = self.__dict__.pop("_hvdscale_revived", None)
+        if revived is not None:  # a copy: distributed like the original
+            _attach(self, *revived)  # type: ignore[arg-type]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        held = self._hvdscale
+        state = {k: v for k, v in self.__getstate__().items() if k != "_hvdscale"}  # type: ignore[attr-defined]
+        names = tuple(name for name, _ in held.named)
+        return _revive, (plain_class(self), held.terms, names), state  # type: ignore[arg-type]
+
+
+def plain_class(optimizer: Optimizer) -> type[Optimizer]:
+    """The optimizer's type without the distribution."""
+    return getattr(type(optimizer), "_hvdscale_plain", type(optimizer))
+
+
+def distribute(
+    optimizer: Optimizer,
+    terms: Terms,
+    names: dict[int, str] | None,
+    named: list[tuple[str, Tensor]],
+    sparse: frozenset[int] = frozenset(),
+) -> None:
+    """Make ``optimizer`` distributed in place. Collective over the process set.
+
+    Args:
+        terms: how to reduce.
+        names: the user's names by ``id`` of the parameter, for groups added later.
+        named: ``(name, parameter)`` of all groups, in order.
+        sparse: ``id`` of the parameters known to have sparse gradients.
+
+    Raises:
+        DesyncError: ranks disagree on parameters, optimizer or terms.
+        PlanError: a type of optimizer whose class cannot be exchanged.
+    """
+    global _wrapped
+    number, _wrapped = _wrapped, _wrapped + 1
+    held = _Attachment(terms, names, named, number, None)
+    alone = not _takes_part(terms.process_set)
+    if not alone:
+        _agree(optimizer, held, "the optimizer")
+    try:
+        optimizer.__class__ = _distributed_class(type(optimizer))
+    except TypeError as error:
+        raise PlanError(
+            f"{type(optimizer).__name__} cannot be made distributed in place ({error}). "
+            "Derive it from torch.optim.Optimizer without __slots__."
+        ) from error
+    optimizer._hvdscale = held  # type: ignore[attr-defined]
+    if not alone:
+        _watch(optimizer, held, sparse)
+
+
+def _takes_part(process_set: ProcessSet) -> bool:
+    return bool(process_set.included()) and (_horovod.size() > 1 or elastic())
+
+
+def _agree(optimizer: Optimizer, held: _Attachment, about: str) -> None:
+    tensors = [
+        (name, tuple(p.shape), str(p.dtype).removeprefix("torch.") + ("" if p.requires_grad else " (frozen)"))
+        for name, p in held.named
+    ]
+    agree(Fingerprint.of(tensors, held.terms.facts(optimizer, held.number)), control(held.terms.process_set), about)
+
+
+def _watch(optimizer: Optimizer, held: _Attachment, sparse: frozenset[int]) -> None:
+    terms, prefix = held.terms, f"hvdscale.{held.number}."
+    common = {"compression": terms.compression, "process_set": terms.process_set, "prefix": prefix}
+    if terms.reduction.op == "adasum":
+        held.exchange = DeltaReducer(terms.reduction, **common)
+    else:
+        held.exchange = Reducer(terms.reduction, sparse=sparse, **common)
+    held.exchange.add(held.named)
+    optimizer.register_step_pre_hook(_before_step)
+    optimizer.register_step_post_hook(_after_step)
+
+
+def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    held: _Attachment = optimizer._hvdscale
+    exchange = held.exchange
+    if exchange is None or held.skip:
+        return None
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if closure is None or not exchange.watches_gradients:
+        exchange.before_step()
+        return None
+    evaluate = _on_all_ranks(closure, held, exchange)
+    if len(args) > 1:
+        return (args[0], evaluate, *args[2:]), kwargs
+    return args, {**kwargs, "closure": evaluate}
+
+
+def _after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    held: _Attachment = optimizer._hvdscale
+    if held.exchange is not None:
+        held.exchange.after_step()
+
+
+def _on_all_ranks(closure: Callable[[], Any], held: _Attachment, exchange: _Exchange) -> Callable[[], Any]:
+    """The closure with its gradients and its loss reduced, so that line searches decide alike everywhere."""
+
+    def evaluate() -> Any:
+        loss = closure()
+        exchange.synchronize()
+        if not isinstance(loss, (float, Tensor)):
+            return loss
+        value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
+        op = _horovod.Sum if held.terms.reduction.op == "sum" else _horovod.Average
+        total = _horovod.allreduce(
+            value.double(), op=op, name=f"hvdscale.{held.number}.loss", process_set=held.terms.process_set
+        )
+        return total.to(value.dtype) if isinstance(loss, Tensor) else float(total)
+
+    return evaluate
+
+
+@functools.cache
+def _distributed_class(cls: type[Optimizer]) -> type[Optimizer]:
+    body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (DistributedMixin, cls), {**body, "_hvdscale_plain": cls})
+
+
+def _revive(cls: type[Optimizer], terms: Terms, names: tuple[str, ...]) -> Optimizer:
+    """A copied or unpickled optimizer, before its state is set."""
+    if not _horovod.is_initialized():
+        raise StateError(
+            "A distributed optimizer can be unpickled only after hvd.init(): it would step on local gradients. "
+            "Call hvd.init() first, or save and load optimizer.state_dict()."
+        )
+    if terms.process_set.process_set_id == global_process_set.process_set_id:
+        terms = replace(terms, process_set=global_process_set)
+    twin = _distributed_class(cls)
+    optimizer = twin.__new__(twin)
+    optimizer.__dict__["_hvdscale_revived"] = (terms, names)
+    return optimizer
+
+
+def _attach(optimizer: Optimizer, terms: Terms, names: tuple[str, ...]) -> None:
+    global _wrapped
+    number, _wrapped = _wrapped, _wrapped + 1
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    named = list(zip(names, parameters, strict=True))
+    held = _Attachment(terms, {id(p): n for n, p in named}, named, number, None)
+    optimizer._hvdscale = held  # type: ignore[attr-defined]
+    if _takes_part(terms.process_set):
+        _watch(optimizer, held, frozenset())

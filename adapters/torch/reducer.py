@@ -1,0 +1,204 @@
+"""One optimizer's gradients on their way through the ranks, from backward pass to step.
+
+A *round* is everything from one step to the next. Each parameter's hook counts its backward passes; when the last
+one of its bucket is there, the bucket's all-reduce starts, while the rest of the backward pass goes on. When all
+buckets are under way by the end of a backward pass, their results are awaited right there, so that whatever
+follows ``loss.backward()`` sees averaged gradients. Otherwise (some parameter got no gradient) the round
+is finished by ``synchronize()`` or the step, which send zeros for the missing ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from horovod.torch import ProcessSet
+from torch import Tensor
+
+from hvdscale.sync import Reduction
+from hvdscale.torch.gradients import Finish, launch
+
+__all__ = ["Reducer"]
+
+_TOO_MANY_PASSES = (
+    "Gradients were computed more than backward_passes_per_step={passes} times before call to step() "
+    "(parameter {name}). Increase backward_passes_per_step to accumulate gradients locally, or call "
+    "optimizer.step(), optimizer.synchronize() or optimizer.zero_grad() between backward passes."
+)
+
+
+class Reducer:
+    """Reduces the gradients of an ordered registry of parameters, round by round.
+
+    Args:
+        reduction: op, predivision, passes and groups (positions in the registry).
+        compression: Horovod's ``Compression`` or a class like it.
+        process_set: the ranks that take part; this rank is one of them.
+        prefix: put before parameter names in message names, different for every optimizer.
+        sparse: ``id`` of parameters known to have sparse gradients.
+    """
+
+    watches_gradients = True
+
+    def __init__(
+        self,
+        reduction: Reduction,
+        *,
+        compression: Any,
+        process_set: ProcessSet,
+        prefix: str,
+        sparse: frozenset[int] = frozenset(),
+    ) -> None:
+        self.reduction = reduction
+        self.passes = reduction.passes
+        self._compression = compression
+        self._process_set = process_set
+        self._prefix = prefix
+        self._sparse_ids = sparse
+        self._parameters: list[Tensor] = []
+        self._names: list[str] = []
+        self._hooked: set[int] = set()  # positions
+        self._sparse: set[int] = set()  # positions whose gradient was sparse once
+        # The round:
+        self._left: dict[int, int] = {}  # position -> backward passes to come; empty before the first
+        self._buckets: list[list[int]] = []
+        self._bucket_of: dict[int, int] = {}
+        self._waiting: list[int] = []  # per bucket: positions not ready yet
+        self._flights: list[tuple[list[int], Finish]] = []
+        self._finished: Literal["", "backward", "synchronize"] = ""
+
+    def add(self, named: Sequence[tuple[str, Tensor]]) -> None:
+        """Append parameters to the registry and watch the trainable ones."""
+        for name, parameter in named:
+            if id(parameter) in self._sparse_ids:
+                self._sparse.add(len(self._parameters))
+            self._parameters.append(parameter)
+            self._names.append(name)
+        self._trainable()
+
+    @property
+    def busy(self) -> bool:
+        """Backward passes were counted, and their gradients are not reduced yet."""
+        return bool(self._left) and not self._finished
+
+    def set_passes(self, passes: int) -> None:
+        """Backward passes per round from now on; a round under way starts counting anew, as in Horovod."""
+        self.passes = passes
+        if not self._flights:
+            self._left = dict.fromkeys(self._left, passes)
+
+    def new_round(self) -> None:
+        """The gradients were used or thrown away. Not while they are being reduced."""
+        if not self.busy:
+            self.forget()
+
+    def forget(self) -> None:
+        """Begin a new round, whatever is under way."""
+        self._flights = []
+        self._left = {}
+        self._finished = ""
+
+    def before_step(self) -> None:
+        self.synchronize()
+
+    def after_step(self) -> None:
+        self.new_round()
+
+    def synchronize(self) -> None:
+        """Finish the round: on return every trainable parameter's gradient is reduced. Collective; once a round."""
+        if not self._finished:
+            if not self._left:
+                self._open()
+            sent = {position for bucket, _ in self._flights for position in bucket}
+            missing = [position for position in self._trainable() if position not in sent]
+            planned = [[p for p in bucket if p in set(missing)] for bucket in self._buckets]
+            planned = [bucket for bucket in planned if bucket]
+            loose = sorted(set(missing).difference(*planned)) if planned else missing
+            for bucket in [*planned, *([p] for p in loose)]:
+                self._launch(bucket)
+            self._wait()
+        self._finished = "synchronize"
+
+    def _trainable(self) -> list[int]:
+        """Positions of parameters that want gradients now; those unfrozen since get their hook."""
+        positions = [i for i, p in enumerate(self._parameters) if p.requires_grad]
+        for i in positions:
+            if i not in self._hooked:
+                self._hooked.add(i)
+                self._parameters[i].register_post_accumulate_grad_hook(self._hook(i))
+        return positions
+
+    def _hook(self, position: int) -> Callable[[Tensor], None]:
+        return lambda parameter: self._gradient_ready(position)
+
+    def _open(self) -> None:
+        positions = self._trainable()
+        if positions != sorted(self._bucket_of):
+            self._buckets = self.reduction.buckets(positions)
+            self._bucket_of = {p: i for i, bucket in enumerate(self._buckets) for p in bucket}
+        self._left = dict.fromkeys(positions, self.passes)
+        self._waiting = [len(bucket) for bucket in self._buckets]
+        self._finished = ""
+
+    def _gradient_ready(self, position: int) -> None:
+        if self._finished == "backward":
+            raise AssertionError(_TOO_MANY_PASSES.format(passes=self.passes, name=self._names[position]))
+        if self._finished or not self._left:
+            self._open()
+        left = self._left.get(position)
+        if left is None:  # unfrozen in the middle of a round: synchronize() will find it
+            return
+        if left == 0:
+            raise AssertionError(_TOO_MANY_PASSES.format(passes=self.passes, name=self._names[position]))
+        self._left[position] = left - 1
+        if left > 1:
+            return
+        number = self._bucket_of[position]
+        self._waiting[number] -= 1
+        if self._waiting[number] == 0:
+            self._launch(self._buckets[number])
+            if len(self._flights) == len(self._buckets):
+                # Runs when the backward pass in progress is over; there is no public name for it.
+                torch.autograd.Variable._execution_engine.queue_callback(self._finish_in_backward)
+
+    def _finish_in_backward(self) -> None:
+        if not self._finished:
+            self._wait()
+            self._finished = "backward"
+
+    def _launch(self, bucket: list[int]) -> None:
+        gradients = [self._gradient(position) for position in bucket]
+        finish = launch(
+            gradients,
+            self.reduction,
+            compression=self._compression,
+            process_set=self._process_set,
+            name=f"{self._prefix}{self._names[bucket[0]]}",
+            in_place=True,
+        )
+        self._flights.append((bucket, finish))
+
+    def _gradient(self, position: int) -> Tensor:
+        parameter = self._parameters[position]
+        if parameter.grad is None:
+            # Another rank may have used the parameter: all must send something, and of the same kind.
+            if position in self._sparse:
+                parameter.grad = torch.sparse_coo_tensor(
+                    torch.empty(1, 0, dtype=torch.int64, device=parameter.device),
+                    torch.empty(0, *parameter.shape[1:], dtype=parameter.dtype, device=parameter.device),
+                    parameter.shape,
+                    check_invariants=False,
+                )
+            else:
+                parameter.grad = torch.zeros_like(parameter)
+        elif parameter.grad.is_sparse:
+            self._sparse.add(position)
+        return parameter.grad
+
+    def _wait(self) -> None:
+        flights, self._flights = self._flights, []
+        for bucket, finish in flights:
+            for position, result in zip(bucket, finish(), strict=True):
+                if result.is_sparse:
+                    self._parameters[position].grad = result

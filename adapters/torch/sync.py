@@ -1,0 +1,140 @@
+"""``DistributedOptimizer``: the user's own optimizer, stepping on the gradients of all ranks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+import horovod.torch as _horovod
+from horovod.torch import Average, Compression, ProcessSet, global_process_set
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hvdscale.errors import PlanError
+from hvdscale.sync import EveryStep, Reduction
+from hvdscale.torch import amp
+from hvdscale.torch.adasum import check_adasum
+from hvdscale.torch.broadcast import broadcast_optimizer_state, broadcast_parameters
+from hvdscale.torch.distributed import DistributedMixin, Terms, distribute
+from hvdscale.torch.gradients import HOROVOD_OPS
+from hvdscale.torch.names import names_by_id, parameter_names
+from hvdscale.torch.runtime import world
+
+__all__ = ["DistributedOptimizer"]
+
+AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
+Groups = int | Sequence[Sequence[Tensor]]
+
+
+def DistributedOptimizer(
+    optimizer: AnyOptimizer,
+    named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+    compression: Any = Compression.none,
+    backward_passes_per_step: int = 1,
+    op: int = Average,
+    gradient_predivide_factor: float = 1.0,
+    num_groups: int = 0,
+    groups: Groups | None = None,
+    sparse_as_dense: bool = False,
+    process_set: ProcessSet = global_process_set,
+    *,
+    sync: EveryStep | None = None,
+    model: nn.Module | None = None,
+) -> AnyOptimizer:
+    """Make ``optimizer`` step on gradients reduced over all ranks. Collective.
+
+    The same object is returned; its state, parameter groups, schedulers and hooks stay. Gradients are reduced while
+    ``loss.backward()`` runs, and when it returns ``.grad`` holds the reduced gradients, so that clipping and
+    gradient scaling see the same numbers on every rank. Where some parameters got no gradient, or fewer than
+    ``backward_passes_per_step`` passes were made, that happens in ``optimizer.synchronize()`` or the step;
+    parameters without a gradient then count as zero. Ranks whose backward pass was complete wait there for the
+    others, so make no other collective call between a backward pass that may leave parameters out and the step.
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer``.
+        named_parameters: ``model.named_parameters()``; taken from ``model`` when left out.
+        compression: ``Compression.none`` or ``Compression.fp16``.
+        backward_passes_per_step: backward passes whose gradients are added up locally before each reduction.
+        op: ``Average``, ``Sum``, or ``Adasum``, which combines the ranks' weight updates instead of gradients.
+        gradient_predivide_factor: with ``Average``, divide by it before the sum and multiply after.
+        num_groups: older name of ``groups``.
+        groups: parameters reduced as one message: a number of groups, or lists of parameters.
+        sparse_as_dense: reduce sparse gradients as dense ones.
+        process_set: the ranks that share gradients. Others step alone.
+        sync: when ranks agree; ``EveryStep()`` when left out.
+        model: its weights and buffers, and the optimizer's state, are first made those of the
+            first rank of ``process_set``.
+
+    Raises:
+        PlanError: arguments that cannot be, an optimizer without trainable parameters or wrapped twice.
+        DesyncError: ranks disagree on parameters, optimizer, plan or versions.
+    """
+    world()
+    if not isinstance(optimizer, Optimizer):
+        raise PlanError(f"DistributedOptimizer takes a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+    if isinstance(optimizer, DistributedMixin):
+        raise PlanError("This optimizer is distributed already; its gradients would be reduced twice. Wrap it once.")
+    plan = EveryStep() if sync is None else sync
+    if not isinstance(plan, EveryStep):
+        raise PlanError(
+            f"sync takes EveryStep() in this version, got {sync!r}. Leave it out for an all-reduce each step."
+        )
+    if process_set.process_set_id is None:
+        raise PlanError(
+            "process_set is not known to Horovod yet. Pass it to hvd.init() or hvd.add_process_set() first."
+        )
+    names = names_by_id(named_parameters, model)
+    named = parameter_names(optimizer.param_groups, names)
+    parameters = [parameter for _, parameter in named]
+    if not any(p.requires_grad for p in parameters):
+        raise PlanError(
+            f"The optimizer has {len(parameters)} parameters and none of them is trainable: there is nothing to "
+            "reduce. Give it parameters with requires_grad=True."
+        )
+    if num_groups:
+        warnings.warn("num_groups has been replaced by groups.", DeprecationWarning, stacklevel=2)
+        groups = num_groups if groups is None else groups
+    reduction = Reduction(
+        op=_op_name(op),
+        predivide=gradient_predivide_factor,
+        passes=backward_passes_per_step,
+        groups=_positions(groups, parameters),
+        sparse_as_dense=sparse_as_dense,
+    )
+    if reduction.op == "adasum":
+        check_adasum(process_set)
+    distribute(optimizer, Terms(reduction, plan, compression, process_set), names, named, _sparse_parameters(model))
+    amp.watch_gradient_scalers()
+    if model is not None and process_set.included():
+        root = process_set.ranks[0]
+        broadcast_parameters(model.state_dict(), root, process_set)
+        broadcast_optimizer_state(optimizer, root, model, process_set)
+    return optimizer
+
+
+def _op_name(op: int) -> Any:
+    for name, value in HOROVOD_OPS.items():
+        if value == op:
+            return name
+    known = {getattr(_horovod, name): name for name in ("Min", "Max", "Product")}
+    raise PlanError(f"op must be Average, Sum or Adasum to reduce gradients, got {known.get(op, op)}.")
+
+
+def _positions(groups: Groups | None, parameters: Sequence[Tensor]) -> int | tuple[tuple[int, ...], ...] | None:
+    """``groups`` with each parameter as its position; those the optimizer does not hold are left out."""
+    if groups is None or isinstance(groups, int):
+        return groups
+    place = {id(parameter): i for i, parameter in enumerate(parameters)}
+    for group in groups:
+        for member in group:
+            if not isinstance(member, Tensor):
+                raise PlanError(f"groups must be a number or lists of parameters; one holds a {type(member).__name__}.")
+    return tuple(tuple(place[id(p)] for p in group if id(p) in place) for group in groups)
+
+
+def _sparse_parameters(model: nn.Module | None) -> frozenset[int]:
+    modules = () if model is None else model.modules()
+    return frozenset(
+        id(module.weight) for module in modules if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse
+    )

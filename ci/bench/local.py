@@ -1,0 +1,49 @@
+"""Variants of a bench on this host: plain processes for the frameworks' own ways, mpirun for Horovod's."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+from ci.bench.harness import BIN, Process, Variant
+
+__all__ = ["MPIRUN", "local_variants", "thread_env"]
+
+# No binding: bound ranks would share their one core with Horovod's own thread, for stock and for us alike.
+MPIRUN = (str(BIN / "mpirun"), "--bind-to", "none")
+_MPI_WAYS = ("horovod", "hvdscale")
+
+
+def thread_env(threads: int) -> dict[str, str]:
+    """The same number of compute threads in every framework."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
+    return dict.fromkeys(names, str(threads))
+
+
+def local_variants(
+    worker: str, ranks: int, roles: Mapping[str, str], names: Mapping[str, str], steps: int
+) -> tuple[tuple[Variant, ...], str]:
+    """One variant per way, all with the same threads per rank; and the sentence that says so."""
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    variants = []
+    for way, role in roles.items():
+        command = (sys.executable, "-m", worker, "--way", way, "--steps", str(steps))
+        env = thread_env(threads)
+        if way in _MPI_WAYS:
+            processes = (Process((*MPIRUN, "-np", str(ranks), *command), env),)
+        else:
+            env |= {"BENCH_RANKS": str(ranks), "BENCH_PORTS": ",".join(map(str, _free_ports(ranks)))}
+            processes = tuple(Process(command, {**env, "BENCH_RANK": str(rank)}) for rank in range(ranks))
+        variants.append(Variant(names[way], role, ranks, processes))  # type: ignore[arg-type]
+    return tuple(variants), f"Every rank of every variant computes on {threads} thread(s)."
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]

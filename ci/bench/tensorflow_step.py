@@ -1,0 +1,34 @@
+"""Two ranks on this host train a 3 M-parameter Keras GPT in TensorFlow: what does keeping them in step cost?
+
+python -m ci.bench.tensorflow_step [--quick] [--json FILE]
+"""
+
+from __future__ import annotations
+
+from ci.bench.harness import Target, arguments, finish, interleave
+from ci.bench.local import local_variants
+
+RANKS = 2
+ROLES = {"independent": "limit", "strategy": "peer", "horovod": "peer", "hvdscale": "ours"}
+NAMES = {
+    "independent": "no communication",
+    "strategy": "MultiWorkerMirroredStrategy",
+    "horovod": "stock Horovod",
+    "hvdscale": "hvdscale",
+}
+TARGETS = (
+    Target("no communication", 0.95),
+    Target("MultiWorkerMirroredStrategy", 1.3),
+    Target("stock Horovod", 1.4),
+)
+
+
+def main() -> int:
+    options = arguments(__doc__ or "", rounds=4, steps=20, quick=(1, 8)).parse_args()
+    variants, note = local_variants("ci.bench.workers.tensorflow_step", RANKS, ROLES, NAMES, options.steps)
+    results = interleave(variants, options.rounds, options.deadline)
+    return finish("GPT training step in TensorFlow, 2 ranks on one host", results, TARGETS, options, [note])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,30 @@
+"""Two ranks on this host train a 3 M-parameter GPT in torch: what does keeping them in step cost?
+
+python -m ci.bench.torch_step [--quick] [--json FILE]
+"""
+
+from __future__ import annotations
+
+from ci.bench.harness import Target, arguments, finish, interleave
+from ci.bench.local import local_variants
+
+RANKS = 2
+ROLES = {"independent": "limit", "ddp": "peer", "horovod": "peer", "hvdscale": "ours"}
+NAMES = {
+    "independent": "no communication",
+    "ddp": "torch DDP (gloo)",
+    "horovod": "stock Horovod",
+    "hvdscale": "hvdscale",
+}
+TARGETS = (Target("no communication", 0.95), Target("torch DDP (gloo)", 1.0), Target("stock Horovod", 1.5))
+
+
+def main() -> int:
+    options = arguments(__doc__ or "", rounds=5, steps=20, quick=(1, 12)).parse_args()
+    variants, note = local_variants("ci.bench.workers.torch_step", RANKS, ROLES, NAMES, options.steps)
+    results = interleave(variants, options.rounds, options.deadline)
+    return finish("GPT training step in torch, 2 ranks on one host", results, TARGETS, options, [note])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

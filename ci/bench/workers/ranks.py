@@ -1,0 +1,54 @@
+"""What every bench worker does: meet its peers before timing, time steps, leave its result for the harness."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["digest", "leave_result", "median_seconds", "meet"]
+
+_FOLDER = "BENCH_FOLDER"
+
+
+def meet(rank: int, ranks: int, timeout_seconds: float = 60) -> None:
+    """Wait until all ranks came here, without a word over the network: independent ranks must overlap in time."""
+    folder = Path(os.environ[_FOLDER])
+    (folder / f"here-{rank}").touch()
+    end = time.monotonic() + timeout_seconds
+    while not all((folder / f"here-{r}").exists() for r in range(ranks)):
+        if time.monotonic() > end:
+            raise TimeoutError(f"rank {rank}: not all of {ranks} ranks started within {timeout_seconds:.0f} s")
+        time.sleep(0.002)
+
+
+def median_seconds(step: Callable[[], object], steps: int, warmup: int) -> float:
+    """Median time of one call, after ``warmup`` calls that do not count."""
+    for _ in range(warmup):
+        step()
+    took = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        step()
+        took.append(time.perf_counter() - start)
+    return statistics.median(took)
+
+
+def digest(arrays: Iterable[np.ndarray]) -> str:
+    """The bits of a model's weights in short: ranks that were kept in step have the same."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        hashed.update(np.ascontiguousarray(array).data)
+    return hashed.hexdigest()
+
+
+def leave_result(rank: int, same_everywhere: str | None = None, **seconds: float) -> None:
+    """Write this rank's figures where the harness looks for them, and what must be the same on all ranks."""
+    result = {"same_everywhere": same_everywhere, "seconds": seconds}
+    (Path(os.environ[_FOLDER]) / f"result-{rank}.json").write_text(json.dumps(result))

@@ -1,0 +1,102 @@
+"""One rank of the torch bench: a small GPT trained on random bytes, its ranks joined in the way ``--way`` names."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import torch
+from torch import nn
+
+from ci.bench.workers.ranks import digest, leave_result, median_seconds, meet
+
+WIDTH, LAYERS, HEADS, CONTEXT, VOCABULARY, BATCH = 256, 4, 4, 128, 256, 8
+
+
+class Block(nn.Module):
+    """Pre-norm attention and a four times wider perceptron."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [batch, context, width], in and out
+        batch, length, _ = x.shape
+        heads = self.qkv(self.norm1(x)).view(batch, length, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, WIDTH))
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    """Bytes in, logits of the next byte out; 3.3 million parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(VOCABULARY, WIDTH)
+        self.places = nn.Embedding(CONTEXT, WIDTH)
+        self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:  # [batch, context] -> [batch, context, vocabulary]
+        places = torch.arange(ids.shape[1])
+        return self.head(self.norm(self.blocks(self.tokens(ids) + self.places(places))))
+
+
+def join(way: str, model: GPT, optimizer: torch.optim.Optimizer) -> tuple[int, int, nn.Module, torch.optim.Optimizer]:
+    """(rank, ranks, model, optimizer) as this way of training hands them back."""
+    if way == "independent":
+        return int(os.environ["BENCH_RANK"]), int(os.environ["BENCH_RANKS"]), model, optimizer
+    if way == "ddp":
+        rank, ranks = int(os.environ["BENCH_RANK"]), int(os.environ["BENCH_RANKS"])
+        store = f"file://{os.environ['BENCH_FOLDER']}/store"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
+        return rank, ranks, nn.parallel.DistributedDataParallel(model), optimizer
+    if way == "horovod":
+        import horovod.torch as hvd
+
+        hvd.init()
+        hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+        optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
+        return hvd.rank(), hvd.size(), model, optimizer
+    from hvdscale.runtime.session import prepare
+
+    prepare()
+    import horovod.torch as hvd
+
+    hvd.init()
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
+    return hvd.rank(), hvd.size(), model, optimizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--way", choices=("independent", "ddp", "horovod", "hvdscale"), required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    model = GPT()
+    rank, ranks, model, optimizer = join(options.way, model, torch.optim.AdamW(model.parameters(), lr=3e-4))
+    data = torch.randint(VOCABULARY, (BATCH, CONTEXT + 1), generator=torch.Generator().manual_seed(rank))
+
+    def step() -> float:
+        optimizer.zero_grad()
+        logits = model(data[:, :-1])
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), data[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    meet(rank, ranks)
+    seconds = median_seconds(step, options.steps, warmup=3)
+    weights = None if options.way == "independent" else digest(p.detach().numpy() for p in model.parameters())
+    leave_result(rank, weights, step=seconds)
+
+
+if __name__ == "__main__":
+    main()

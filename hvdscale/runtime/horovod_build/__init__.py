@@ -1,0 +1,14 @@
+"""Building Horovod for the frameworks installed here: source, edits, toolchain, cache, compilation."""
+
+from hvdscale.runtime.horovod_build.build import BuiltWheel, Progress, build_horovod, install_wheel
+from hvdscale.runtime.horovod_build.source import HOROVOD, Edit, Source
+
+__all__ = [
+    "HOROVOD",
+    "BuiltWheel",
+    "Edit",
+    "Progress",
+    "Source",
+    "build_horovod",
+    "install_wheel",
+]
