@@ -23,6 +23,7 @@ collect_ignore_glob = [f"test_{name}_*.py" for name in ADAPTERS if name != ADAPT
 def driver() -> Iterator[Any]:
     module = importlib.import_module(f"tests.contract.drivers.{ADAPTER}")
     driver = module.Driver()
+    os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"  # tests add process sets of their own
     driver.init()
     yield driver
     driver.hvd.shutdown()
@@ -41,6 +42,18 @@ def rank(hvd: Any) -> int:
 @pytest.fixture
 def size(hvd: Any) -> int:
     return hvd.size()
+
+
+@pytest.fixture
+def last_rank_alone(driver: Any) -> Iterator[Any]:
+    """A process set of the last rank (of all ranks when there is one)."""
+    hvd = driver.hvd
+    if hvd.size() == 1:
+        yield hvd.global_process_set
+        return
+    members = hvd.add_process_set([hvd.size() - 1])
+    yield members
+    hvd.remove_process_set(members)
 
 
 @pytest.hookimpl(hookwrapper=True)
