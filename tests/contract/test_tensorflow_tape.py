@@ -256,10 +256,13 @@ def test_names_may_count_models_made_before(driver: Driver) -> None:
     if hvd.rank() == 0:
         driver.model(oracle.initial_weights())  # one more here: "dense_2" becomes "dense_4"
     model = driver.model(oracle.initial_weights())
+    momentum = keras.optimizers.SGD(0.1, momentum=0.9)
+    momentum.build(model.trainable_variables)
     with tf.GradientTape() as tape:
         loss = tf.reduce_sum(model(tf.ones([1, oracle.INPUTS])))
     gradients = hvd.DistributedGradientTape(tape).gradient(loss, model.trainable_variables)
     np.testing.assert_allclose(gradients[-1], [1.0])
+    hvd.broadcast_variables([model.variables, momentum.variables], root_rank=0)
 
 
 REFUSED = {
