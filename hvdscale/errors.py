@@ -14,6 +14,9 @@ __all__ = [
 class HvdscaleError(Exception):
     """Base of every error raised by hvdscale."""
 
+    # TensorFlow re-raises an error from inside a tf.function as its own type only if the type has this initialiser.
+    __init__ = Exception.__init__
+
 
 class PlanError(HvdscaleError, ValueError):
     """A plan or an argument that cannot be carried out."""

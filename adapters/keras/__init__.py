@@ -1,5 +1,6 @@
 """Horovod for Keras 3, made right, on the TensorFlow and PyTorch backends: every public name of ``horovod.keras``."""
 
+from hvdscale.errors import BuildError, DesyncError, HvdscaleError, PlanError, StateError, TransportError, WorldError
 from hvdscale.keras import callbacks, elastic
 from hvdscale.keras.backend import verbs
 from hvdscale.keras.batch_norm import SyncBatchNormalization
@@ -9,56 +10,62 @@ from hvdscale.keras.saving import load_model
 from hvdscale.keras.values import allgather, allreduce, broadcast, broadcast_global_variables, reducescatter
 from hvdscale.sync import EveryStep
 
-init = verbs.init
-shutdown = verbs.shutdown
-world = verbs.world
-runtime_settings = verbs.runtime_settings
-Compression = verbs.Compression
-
-_horovod = verbs.horovod
-is_initialized = _horovod.is_initialized
-start_timeline = _horovod.start_timeline
-stop_timeline = _horovod.stop_timeline
-size = _horovod.size
-local_size = _horovod.local_size
-cross_size = _horovod.cross_size
-rank = _horovod.rank
-local_rank = _horovod.local_rank
-cross_rank = _horovod.cross_rank
-mpi_threads_supported = _horovod.mpi_threads_supported
-mpi_enabled = _horovod.mpi_enabled
-mpi_built = _horovod.mpi_built
-gloo_enabled = _horovod.gloo_enabled
-gloo_built = _horovod.gloo_built
-nccl_built = _horovod.nccl_built
-ddl_built = _horovod.ddl_built
-ccl_built = _horovod.ccl_built
-cuda_built = _horovod.cuda_built
-rocm_built = _horovod.rocm_built
-Average = _horovod.Average
-Sum = _horovod.Sum
-Adasum = _horovod.Adasum
-Min = _horovod.Min
-Max = _horovod.Max
-Product = _horovod.Product
-ProcessSet = _horovod.ProcessSet
-global_process_set = _horovod.global_process_set
-add_process_set = _horovod.add_process_set
-remove_process_set = _horovod.remove_process_set
+_hvd = verbs.hvd
+init = _hvd.init
+shutdown = _hvd.shutdown
+world = _hvd.world
+runtime_settings = _hvd.runtime_settings
+Compression = _hvd.Compression
+is_initialized = _hvd.is_initialized
+start_timeline = _hvd.start_timeline
+stop_timeline = _hvd.stop_timeline
+size = _hvd.size
+local_size = _hvd.local_size
+cross_size = _hvd.cross_size
+rank = _hvd.rank
+local_rank = _hvd.local_rank
+cross_rank = _hvd.cross_rank
+mpi_threads_supported = _hvd.mpi_threads_supported
+mpi_enabled = _hvd.mpi_enabled
+mpi_built = _hvd.mpi_built
+gloo_enabled = _hvd.gloo_enabled
+gloo_built = _hvd.gloo_built
+nccl_built = _hvd.nccl_built
+ddl_built = _hvd.ddl_built
+ccl_built = _hvd.ccl_built
+cuda_built = _hvd.cuda_built
+rocm_built = _hvd.rocm_built
+Average = _hvd.Average
+Sum = _hvd.Sum
+Adasum = _hvd.Adasum
+Min = _hvd.Min
+Max = _hvd.Max
+Product = _hvd.Product
+ProcessSet = _hvd.ProcessSet
+global_process_set = _hvd.global_process_set
+add_process_set = _hvd.add_process_set
+remove_process_set = _hvd.remove_process_set
 
 __all__ = [
     "Adasum",
     "Average",
+    "BuildError",
     "Compression",
+    "DesyncError",
     "DistributedOptimizer",
     "EveryStep",
+    "HvdscaleError",
     "Max",
     "Min",
     "PartialDistributedOptimizer",
+    "PlanError",
     "ProcessSet",
     "Product",
+    "StateError",
     "Sum",
     "SyncBatchNormalization",
+    "TransportError",
+    "WorldError",
     "add_process_set",
     "allgather",
     "allreduce",

@@ -14,7 +14,7 @@ from hvdscale.keras.replicas import agree_on, broadcast_variables, model_state
 
 __all__ = ["BroadcastGlobalVariablesCallback", "MetricAverageCallback"]
 
-_World = verbs.horovod.global_process_set
+_World = verbs.hvd.global_process_set
 
 
 class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):  # type: ignore[misc]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import keras
-
 from hvdscale.errors import BuildError
+from hvdscale.runtime.console import quiet_import
 from hvdscale.runtime.horovod import require_horovod
+
+with quiet_import("tensorflow"):  # Keras imports it on any backend, where it is installed
+    import keras
 
 __all__ = ["NAME", "verbs"]
 

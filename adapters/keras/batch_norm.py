@@ -32,9 +32,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):  # type: ignore[m
         PlanError: ``fused=True``.
     """
 
-    def __init__(
-        self, fused: bool = False, *, process_set: Any = verbs.horovod.global_process_set, **kwargs: Any
-    ) -> None:
+    def __init__(self, fused: bool = False, *, process_set: Any = verbs.hvd.global_process_set, **kwargs: Any) -> None:
         if fused in (True, None):
             raise PlanError("A fused kernel cannot share its statistics between ranks. Leave fused out.")
         super().__init__(**kwargs)

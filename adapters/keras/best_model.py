@@ -65,10 +65,12 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc
     def _save_model(self, epoch: int, batch: int | None, logs: Any) -> None:
         world = verbs.world()
         logs = dict(logs or {})
-        if world.size > 1 and np.ndim(logs.get(self.monitor, [])) == 0:
-            own = np.array([float(logs[self.monitor])], np.float64)
-            everyone = world.transport.allgather(own.tobytes())
+        known = np.ndim(logs.get(self.monitor, ())) == 0
+        everyone = world.transport.allgather(np.float64(logs[self.monitor]).tobytes() if known else b"")
+        if all(everyone):
             logs[self.monitor] = float(np.mean([np.frombuffer(data, np.float64) for data in everyone]))
+        else:
+            logs.pop(self.monitor, None)  # unknown on one rank is unknown: Keras warns, and saves
         if world.rank == 0:
             super()._save_model(epoch, batch, logs)
         else:

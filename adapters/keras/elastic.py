@@ -49,8 +49,8 @@ def run(func: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _reset() -> None:
-    verbs.shutdown()
-    verbs.init()
+    verbs.hvd.shutdown()
+    verbs.hvd.init()
 
 
 class KerasState(ObjectState):  # type: ignore[misc]
@@ -77,7 +77,7 @@ class KerasState(ObjectState):  # type: ignore[misc]
         if not self.optimizer.built:
             self.optimizer.build(model.trainable_variables)
         self._keep()
-        super().__init__(bcast_object=_broadcast_value, get_rank=verbs.horovod.rank, **kwargs)
+        super().__init__(bcast_object=_broadcast_value, get_rank=verbs.hvd.rank, **kwargs)
 
     def save(self) -> None:
         """Keep the current values in memory."""

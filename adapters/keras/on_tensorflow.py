@@ -6,31 +6,27 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import horovod.tensorflow as horovod
 import keras
 import numpy as np
 import tensorflow as tf
-from horovod.tensorflow.compression import Compression
+from horovod.tensorflow.mpi_ops import _allreduce
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
-from hvdscale.tensorflow.runtime import control, init, runtime_settings, shutdown, world
+import hvdscale.tensorflow as hvd
+from hvdscale.tensorflow.runtime import control, world
 from hvdscale.tensorflow.sync import reduce_gradients
 
 __all__ = [
-    "Compression",
     "apart_from_compilers",
     "as_dense",
     "broadcast_bytes",
     "compiled_by_xla",
     "control",
     "eager",
-    "horovod",
-    "init",
+    "hvd",
     "initialised",
     "reduce_gradients",
-    "runtime_settings",
     "scaled",
-    "shutdown",
     "sum_over_ranks",
     "tensor",
     "world",
@@ -95,11 +91,11 @@ def zeros_like(variable: Any) -> Any:
 def broadcast_bytes(data: np.ndarray, root_rank: int, process_set: Any, name: str) -> np.ndarray:
     """``data`` (uint8) of ``root_rank``, on every rank of ``process_set``."""
     with tf.init_scope():
-        sent = horovod.broadcast(tf.constant(data), root_rank, name=name, process_set=process_set)
+        sent = hvd.broadcast(tf.constant(data), root_rank, name=name, process_set=process_set)
         result: np.ndarray = sent.numpy()
         return result
 
 
 def sum_over_ranks(value: Any, process_set: Any, name: str | None = None) -> Any:
     """The sum of a float tensor over ranks; its gradient is summed over ranks too."""
-    return horovod.allreduce(value, op=horovod.Sum, process_set=process_set, name=name)
+    return _allreduce(value, op=hvd.Sum, process_set=process_set, name=name)

@@ -6,30 +6,25 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import horovod.torch as horovod
 import keras
 import numpy as np
 import torch
-from horovod.torch.compression import Compression
 
-from hvdscale.torch import reduce_gradients
-from hvdscale.torch.runtime import control, init, runtime_settings, shutdown, world
+import hvdscale.torch as hvd
+from hvdscale.torch.gradients import reduce_gradients
+from hvdscale.torch.runtime import control, world
 
 __all__ = [
-    "Compression",
     "apart_from_compilers",
     "as_dense",
     "broadcast_bytes",
     "compiled_by_xla",
     "control",
     "eager",
-    "horovod",
-    "init",
+    "hvd",
     "initialised",
     "reduce_gradients",
-    "runtime_settings",
     "scaled",
-    "shutdown",
     "sum_over_ranks",
     "tensor",
     "world",
@@ -84,7 +79,7 @@ def zeros_like(variable: Any) -> Any:
 
 def broadcast_bytes(data: np.ndarray, root_rank: int, process_set: Any, name: str) -> np.ndarray:
     """``data`` (uint8) of ``root_rank``, on every rank of ``process_set``."""
-    sent = horovod.broadcast(torch.from_numpy(data.copy()), root_rank, name=name, process_set=process_set)
+    sent = hvd.broadcast(torch.from_numpy(data.copy()), root_rank, name=name, process_set=process_set)
     result: np.ndarray = sent.numpy()
     return result
 
@@ -93,15 +88,13 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: torch.Tensor, process_set: Any, name: str | None) -> torch.Tensor:
         ctx.process_set, ctx.name = process_set, name
-        total: torch.Tensor = horovod.allreduce(
-            value.detach().contiguous(), op=horovod.Sum, process_set=process_set, name=name
-        )
+        total: torch.Tensor = hvd.allreduce(value.detach().contiguous(), op=hvd.Sum, process_set=process_set, name=name)
         return total
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         name = f"{ctx.name}.gradient" if ctx.name else None
-        total = horovod.allreduce(gradients[0].contiguous(), op=horovod.Sum, process_set=ctx.process_set, name=name)
+        total = hvd.allreduce(gradients[0].contiguous(), op=hvd.Sum, process_set=ctx.process_set, name=name)
         return total, None, None
 
 

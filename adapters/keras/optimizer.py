@@ -18,9 +18,9 @@ from hvdscale.keras.reducer import Reducer
 
 __all__ = ["DistributedOptimizer", "PartialDistributedOptimizer"]
 
-Compression = verbs.Compression
-Average = verbs.horovod.Average
-global_process_set = verbs.horovod.global_process_set
+Compression = verbs.hvd.Compression
+Average = verbs.hvd.Average
+global_process_set = verbs.hvd.global_process_set
 
 _made = 0  # optimizers wrapped so far: the same number on every rank, for messages' names
 

@@ -13,9 +13,9 @@ from hvdscale.sync import EveryStep, Reduction
 __all__ = ["Distribution"]
 
 _OPS = {
-    verbs.horovod.Average: "average",
-    verbs.horovod.Sum: "sum",
-    verbs.horovod.Adasum: "adasum",
+    verbs.hvd.Average: "average",
+    verbs.hvd.Sum: "sum",
+    verbs.hvd.Adasum: "adasum",
 }
 
 
@@ -64,7 +64,7 @@ class Distribution:
         """
         if sync is not None and not isinstance(sync, EveryStep):
             raise PlanError(
-                f"sync={sync!r} is not a plan this version knows for Keras. Leave it out, or pass hvd.EveryStep()."
+                f"sync takes EveryStep() in this version, got {sync!r}. Leave it out for an all-reduce each step."
             )
         if op not in _OPS:
             raise PlanError(f"op must be hvd.Average, hvd.Sum or hvd.Adasum, got {op!r}.")

@@ -58,7 +58,7 @@ def agree_on(
 
 
 def broadcast_variables(
-    variables: Iterable[Any], root_rank: int = 0, process_set: Any = verbs.horovod.global_process_set
+    variables: Iterable[Any], root_rank: int = 0, process_set: Any = verbs.hvd.global_process_set
 ) -> None:
     """Copy the values of Keras variables (or tensors' variables) from ``root_rank`` to all ranks, in place.
 

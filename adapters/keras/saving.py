@@ -13,7 +13,7 @@ from hvdscale.keras.optimizer import DistributedOptimizer
 
 __all__ = ["load_model"]
 
-Compression = verbs.Compression
+Compression = verbs.hvd.Compression
 
 
 def load_model(

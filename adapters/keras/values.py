@@ -12,10 +12,10 @@ from hvdscale.keras.replicas import broadcast_variables, model_state
 
 __all__ = ["allgather", "allreduce", "broadcast", "broadcast_global_variables", "reducescatter"]
 
-Compression = verbs.Compression
-Average = verbs.horovod.Average
-Sum = verbs.horovod.Sum
-global_process_set = verbs.horovod.global_process_set
+Compression = verbs.hvd.Compression
+Average = verbs.hvd.Average
+Sum = verbs.hvd.Sum
+global_process_set = verbs.hvd.global_process_set
 
 
 def allreduce(
@@ -46,7 +46,7 @@ def allreduce(
     if average is not None and op is not None:
         raise PlanError(f"op and average say the same thing; got op={op} and average={average}. Give op only.")
     chosen = (Sum if average is False else Average) if op is None else op
-    return verbs.horovod.allreduce(
+    return verbs.hvd.allreduce(
         verbs.tensor(value),
         name=name,
         op=chosen,
@@ -65,19 +65,19 @@ def allgather(value: Any, name: str | None = None, *, process_set: Any = global_
     tensor = verbs.tensor(value)
     if len(tensor.shape) == 0:
         tensor = keras.ops.reshape(tensor, (1,))
-    return verbs.horovod.allgather(tensor, name=name, process_set=process_set)
+    return verbs.hvd.allgather(tensor, name=name, process_set=process_set)
 
 
 def broadcast(value: Any, root_rank: int, name: str | None = None, *, process_set: Any = global_process_set) -> Any:
     """``value`` of ``root_rank`` (counted over all ranks), as a backend tensor; the same shape on every rank."""
-    return verbs.horovod.broadcast(verbs.tensor(value), root_rank, name=name, process_set=process_set)
+    return verbs.hvd.broadcast(verbs.tensor(value), root_rank, name=name, process_set=process_set)
 
 
 def reducescatter(
     value: Any, name: str | None = None, op: Any = Average, *, process_set: Any = global_process_set
 ) -> Any:
     """The average (or sum) of ``value`` over ranks, of which this rank gets its slice of the first axis."""
-    return verbs.horovod.reducescatter(verbs.tensor(value), name=name, op=op, process_set=process_set)
+    return verbs.hvd.reducescatter(verbs.tensor(value), name=name, op=op, process_set=process_set)
 
 
 def broadcast_global_variables(root_rank: int, model: Any = None) -> None:

@@ -1,8 +1,8 @@
-"""Give every rank the values of one: variables, packed as bytes into few messages."""
+"""Give every rank the values of one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -13,8 +13,9 @@ from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
 from hvdscale.errors import PlanError
 from hvdscale.tensorflow.collectives import broadcast
 from hvdscale.tensorflow.messages import exchanges
-from hvdscale.tensorflow.registry import agree_on, describe
-from hvdscale.tensorflow.wire import as_variable, wire_dtype
+from hvdscale.tensorflow.packing import broadcast_packed
+from hvdscale.tensorflow.registry import agree_on, describe, stable_name
+from hvdscale.tensorflow.wire import as_variable
 
 __all__ = [
     "BroadcastGlobalVariablesHook",
@@ -24,10 +25,14 @@ __all__ = [
     "broadcast_variables",
 ]
 
-# Variables share a message up to this size; a larger one travels alone, without a copy.
-_MESSAGE_BYTES = 64 * 2**20
+# What Horovod can receive into the variable's own memory.
+_RECEIVED_IN_PLACE = (
+    *(tf.float16, tf.float32, tf.float64, tf.bool),
+    *(tf.uint8, tf.int8, tf.int32, tf.int64),
+)
 
 
+@tf.autograph.experimental.do_not_convert
 def broadcast_variables(
     variables: Any, root_rank: int, process_set: ProcessSet = global_process_set, inplace: bool = False
 ) -> tf.Operation | None:
@@ -39,7 +44,7 @@ def broadcast_variables(
         inplace: receive into the variables' own memory where Horovod can.
 
     Returns:
-        ``None`` eagerly; in a graph the operation to run.
+        ``None``; in a TensorFlow 1 graph the operation to run.
 
     Raises:
         DesyncError: ranks differ in number, names, shapes or dtypes of the variables. Nothing is assigned.
@@ -54,18 +59,27 @@ def broadcast_variables(
     inner = [as_variable(v) for v in flat]
     assigned: list[Any] = []
     if exchanges(process_set):
-        assigned = (_inplace if inplace else _packed)(inner, root_rank, process_set)
-    return None if tf.executing_eagerly() else tf.group(*assigned)
+        assigned = (_into_place if inplace else broadcast_packed)(inner, root_rank, process_set)
+    return None if tf.executing_eagerly() or tf.inside_function() else tf.group(*assigned)
 
 
+@tf.autograph.experimental.do_not_convert
 def broadcast_(
     variables: Sequence[Any], root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> list[tf.Tensor]:
     """Broadcast into the variables' own memory; returns their new values."""
     inner = [as_variable(v) for v in variables]
-    if all(wire_dtype(v.dtype) == v.dtype for v in inner):
-        return _ops.broadcast_(inner, root_rank, name, process_set)
-    return [v.assign(broadcast(v, root_rank, process_set=process_set)) for v in inner]
+    if not all(_in_place(v) for v in inner):
+        return [v.assign(broadcast(v, root_rank, process_set=process_set)) for v in inner]
+    done = _ops.MPI_LIB.horovod_broadcast_inplace_resource(
+        [v.handle for v in inner],
+        variable_names=[f"{i}_{stable_name(v)}" for i, v in enumerate(inner)],  # two of a name would be one message
+        name=name,
+        root_rank=root_rank,
+        process_set_id=process_set.process_set_id,
+    )
+    with tf.control_dependencies([done] if done is not None else []):
+        return [v.read_value() for v in inner]
 
 
 def broadcast_global_variables(root_rank: int) -> tf.Operation | None:
@@ -111,63 +125,14 @@ def broadcast_object_fn(
     return broadcast_this
 
 
-def _inplace(variables: list[tf.Variable], root_rank: int, process_set: ProcessSet) -> list[Any]:
-    direct = [v for v in variables if wire_dtype(v.dtype) == v.dtype and v.dtype.name not in ("uint32", "uint64")]
-    chosen = {id(v) for v in direct}
-    values = _ops.broadcast_(direct, root_rank, process_set=process_set) if direct else []
-    return [*values, *_packed([v for v in variables if id(v) not in chosen], root_rank, process_set)]
+def _in_place(variable: tf.Variable) -> bool:
+    """Whether Horovod can receive into its memory."""
+    resource = getattr(variable, "handle", None) is not None
+    return resource and variable.dtype in _RECEIVED_IN_PLACE
 
 
-def _packed(variables: list[tf.Variable], root_rank: int, process_set: ProcessSet) -> list[Any]:
-    assigned: list[Any] = []
-    for number, message in enumerate(_messages(variables)):
-        name = f"broadcast_variables_{number}"
-        if len(message) == 1 and not _packable(message[0]):
-            received = [broadcast(message[0], root_rank, name, process_set=process_set)]
-        else:
-            data = tf.concat([_to_bytes(v) for v in message], 0)  # uint8[sum of bytes]
-            data = _ops.broadcast(data, root_rank, name, process_set=process_set)
-            pieces = tf.split(data, [_size_bytes(v) for v in message])
-            received = [_from_bytes(piece, v) for piece, v in zip(pieces, message, strict=True)]
-        assigned += [v.assign(value) for v, value in zip(message, received, strict=True)]
-    return assigned
-
-
-def _messages(variables: list[tf.Variable]) -> Iterator[list[tf.Variable]]:
-    message: list[tf.Variable] = []
-    filled = 0
-    for variable in variables:
-        size = _size_bytes(variable) if _packable(variable) else _MESSAGE_BYTES
-        if message and filled + size > _MESSAGE_BYTES:
-            yield message
-            message, filled = [], 0
-        message.append(variable)
-        filled += size
-    if message:
-        yield message
-
-
-def _packable(variable: tf.Variable) -> bool:
-    """Whether it shares a message: its size is known and not large, or Horovod has no other way for its dtype."""
-    if not variable.shape.is_fully_defined():
-        return False
-    return _size_bytes(variable) < _MESSAGE_BYTES or variable.dtype.name in ("uint32", "uint64")
-
-
-def _size_bytes(variable: tf.Variable) -> int:
-    return variable.shape.num_elements() * variable.dtype.size
-
-
-def _to_bytes(variable: tf.Variable) -> tf.Tensor:
-    value = tf.reshape(tf.convert_to_tensor(variable), [-1])
-    # bitcast to a smaller type adds an axis: [n] -> [n, bytes of one value]
-    value = tf.cast(value, tf.uint8) if value.dtype == tf.bool else tf.bitcast(value, tf.uint8)
-    return tf.reshape(value, [-1])
-
-
-def _from_bytes(data: tf.Tensor, variable: tf.Variable) -> tf.Tensor:
-    if variable.dtype == tf.bool:
-        return tf.reshape(tf.cast(data, tf.bool), variable.shape)
-    width = variable.dtype.size
-    data = tf.reshape(data, [*variable.shape, width] if width > 1 else variable.shape)
-    return tf.bitcast(data, variable.dtype)
+def _into_place(variables: list[tf.Variable], root_rank: int, process_set: ProcessSet) -> list[Any]:
+    direct = [v for v in variables if _in_place(v)]
+    others = [v for v in variables if not _in_place(v)]
+    values = broadcast_(direct, root_rank, process_set=process_set) if direct else []
+    return [*values, *broadcast_packed(others, root_rank, process_set)]

@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 
+@tf.autograph.experimental.do_not_convert
 def allreduce(
     tensor: Any,
     average: bool | None = None,
@@ -72,6 +73,7 @@ def allreduce(
     )[0]
 
 
+@tf.autograph.experimental.do_not_convert
 def grouped_allreduce(
     tensors: Sequence[Any],
     average: bool | None = None,
@@ -112,6 +114,7 @@ def grouped_allreduce(
     return [results[i] for i in range(len(tensors))]
 
 
+@tf.autograph.experimental.do_not_convert
 def allgather(
     tensor: Any, name: str | None = None, ignore_name_scope: bool = False, process_set: ProcessSet = global_process_set
 ) -> tf.Tensor:
@@ -120,6 +123,7 @@ def allgather(
     return from_wire(_ops.allgather(to_wire(tensor), name, ignore_name_scope, process_set), tensor.dtype)
 
 
+@tf.autograph.experimental.do_not_convert
 def grouped_allgather(
     tensors: Sequence[Any],
     name: str | None = None,
@@ -130,6 +134,7 @@ def grouped_allgather(
     return gather_rows(tensors, name=name, ignore_name_scope=ignore_name_scope, process_set=process_set)
 
 
+@tf.autograph.experimental.do_not_convert
 def broadcast(
     tensor: Any,
     root_rank: int,
@@ -142,6 +147,7 @@ def broadcast(
     return from_wire(_ops.broadcast(to_wire(tensor), root_rank, name, ignore_name_scope, process_set), tensor.dtype)
 
 
+@tf.autograph.experimental.do_not_convert
 def alltoall(
     tensor: Any,
     splits: Any = None,
@@ -161,6 +167,7 @@ def alltoall(
     return from_wire(result[0], tensor.dtype), result[1]
 
 
+@tf.autograph.experimental.do_not_convert
 def reducescatter(
     tensor: Any,
     device_dense: str = "",
@@ -181,6 +188,7 @@ def reducescatter(
         return compression.decompress(from_wire(share, packed.dtype), context)
 
 
+@tf.autograph.experimental.do_not_convert
 def grouped_reducescatter(
     tensors: Sequence[Any],
     device_dense: str = "",

@@ -26,6 +26,7 @@ def op_name(op: int) -> Any:
     return next((name for name, constant in _OPS.items() if constant == op), op)
 
 
+@tf.autograph.experimental.do_not_convert
 def reduce_gradients(
     gradients: Sequence[Gradient],
     reduction: Reduction,

@@ -75,6 +75,7 @@ class DistributedGradientTape(tf.GradientTape):
         """Leave the gradient of ``source`` with its rank; see ``scale_local_gradients``."""
         self._sync.register_local(source)
 
+    @tf.autograph.experimental.do_not_convert
     def gradient(
         self,
         target: Any,

@@ -50,7 +50,7 @@ from horovod.torch.mpi_ops import is_homogeneous
 
 from hvdscale.errors import DesyncError, HvdscaleError, PlanError, StateError, TransportError, WorldError
 from hvdscale.sync import EveryStep, Reduction
-from hvdscale.torch import elastic
+from hvdscale.torch import compression, elastic, functions, mpi_ops, optimizer, sync_batch_norm
 from hvdscale.torch.batch_norm import SyncBatchNorm
 from hvdscale.torch.broadcast import broadcast_optimizer_state, broadcast_parameters
 from hvdscale.torch.collectives import (
@@ -123,11 +123,13 @@ __all__ = [
     "broadcast_optimizer_state",
     "broadcast_parameters",
     "ccl_built",
+    "compression",
     "cross_rank",
     "cross_size",
     "cuda_built",
     "ddl_built",
     "elastic",
+    "functions",
     "global_process_set",
     "gloo_built",
     "gloo_enabled",
@@ -147,8 +149,10 @@ __all__ = [
     "local_size",
     "mpi_built",
     "mpi_enabled",
+    "mpi_ops",
     "mpi_threads_supported",
     "nccl_built",
+    "optimizer",
     "poll",
     "rank",
     "reduce_gradients",
@@ -162,6 +166,7 @@ __all__ = [
     "sparse_allreduce_async",
     "start_timeline",
     "stop_timeline",
+    "sync_batch_norm",
     "synchronize",
     "world",
 ]

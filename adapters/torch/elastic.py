@@ -44,11 +44,13 @@ class TorchState(_TorchState):
 class _Model(ModelStateHandler):
     def sync(self) -> None:
         broadcast_parameters(self.value.state_dict(), root_rank=0)
+        self.save()  # so that a restore before the first commit does not bring back this rank's own start
 
 
 class _Optimizer(OptimizerStateHandler):
     def sync(self) -> None:
         broadcast_optimizer_state(self.value, root_rank=0)
+        self.save()
 
 
 def _corrected(handler: StateHandler) -> StateHandler:

@@ -74,9 +74,7 @@ def DistributedOptimizer(
     if not isinstance(optimizer, Optimizer):
         raise PlanError(f"DistributedOptimizer takes a torch.optim.Optimizer, got {type(optimizer).__name__}.")
     if isinstance(optimizer, DistributedMixin):
-        raise PlanError(
-            "This optimizer is distributed already; its gradients would be reduced twice. Wrap it once."
-        )
+        raise PlanError("This optimizer is distributed already; its gradients would be reduced twice. Wrap it once.")
     plan = EveryStep() if sync is None else sync
     if not isinstance(plan, EveryStep):
         raise PlanError(

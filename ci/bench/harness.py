@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -174,7 +175,7 @@ def _run_group(variant: Variant, folder: Path, deadline_seconds: float) -> None:
     finally:
         for p in started:
             _kill_group(p)
-    if any(codes):
+    if any(code != 0 for code in codes):
         why = f"ran past its deadline of {deadline_seconds:.0f} s" if None in codes else f"ended with {codes}"
         said = "\n".join(log.read_text(errors="replace")[-3000:] for log in logs)
         raise BenchError(f"{variant.name} {why}. It said:\n{said}")
@@ -196,6 +197,12 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
+def _end_on_sigterm() -> None:
+    """A bench that is told to end leaves as by an exception, so that what it started is killed."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 def interleave(
     variants: Sequence[Variant],
     rounds: int,
@@ -203,6 +210,7 @@ def interleave(
     run: Callable[[Variant, float], Metrics] = run_once,
 ) -> Results:
     """Run all variants once, then all again, ``rounds`` times: a slow minute of the machine falls on all alike."""
+    _end_on_sigterm()
     samples: dict[str, dict[str, list[float]]] = {v.name: {} for v in variants}
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("", total=rounds * len(variants))

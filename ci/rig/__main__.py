@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 
@@ -33,6 +34,7 @@ def main() -> int:
         return 0
     if not options.command:
         parser.error("run needs a command")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the rig is removed
     try:
         with Rig(options.hosts, options.rate) as rig:
             command, env = rig.mpirun(options.hosts, options.command)

@@ -1,4 +1,7 @@
-"""The contract suite runs inside ranks: ``HVDSCALE_ADAPTER=torch mpirun -np 2 python -m pytest tests/contract``."""
+"""The contract suite runs inside ranks: ``HVDSCALE_ADAPTER=torch mpirun -np 2 python -m pytest tests/contract``.
+
+``test_<adapter>_*.py`` holds what is true of one adapter only, and is collected for that one alone.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,51 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 ADAPTER = os.environ.get("HVDSCALE_ADAPTER")
+ADAPTERS = ("torch", "tensorflow", "keras")
 
-collect_ignore_glob = [] if ADAPTER else ["test_*.py"]
+collect_ignore_glob = [f"test_{name}_*.py" for name in ADAPTERS if name != ADAPTER] if ADAPTER else ["test_*.py"]
 
 
 @pytest.fixture(scope="session")
-def driver() -> Iterator[object]:
+def driver() -> Iterator[Any]:
     module = importlib.import_module(f"tests.contract.drivers.{ADAPTER}")
     driver = module.Driver()
-    driver.hvd.init()
+    os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"  # tests add process sets of their own
+    driver.init()
     yield driver
     driver.hvd.shutdown()
+
+
+@pytest.fixture(scope="session")
+def hvd(driver: Any) -> Any:
+    return driver.hvd
+
+
+@pytest.fixture
+def rank(hvd: Any) -> int:
+    return hvd.rank()
+
+
+@pytest.fixture
+def size(hvd: Any) -> int:
+    return hvd.size()
+
+
+@pytest.fixture
+def last_rank_alone(driver: Any) -> Iterator[Any]:
+    """A process set of the last rank (of all ranks when there is one)."""
+    hvd = driver.hvd
+    if hvd.size() == 1:
+        yield hvd.global_process_set
+        return
+    members = hvd.add_process_set([hvd.size() - 1])
+    yield members
+    hvd.remove_process_set(members)
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -20,6 +20,16 @@ class ContractDriver(ABC):
     """The two-layer network of ``oracle.py`` in one framework, trained through ``hvd.DistributedOptimizer``."""
 
     hvd: ModuleType
+    even_ranks: Any
+    """The process set of ranks 0, 2, 4, ...; the world itself when there is one rank."""
+
+    def init(self) -> None:
+        """Join the job, with the process set of even ranks."""
+        from hvdscale.runtime.launch import read_launch
+
+        size = read_launch().size
+        self.even_ranks = self.hvd.ProcessSet(range(0, size, 2)) if size > 1 else self.hvd.global_process_set
+        self.hvd.init(process_sets=[self.even_ranks] if size > 1 else None)
 
     @abstractmethod
     def tensor(self, array: np.ndarray) -> Any:
@@ -34,12 +44,20 @@ class ContractDriver(ABC):
         """The network in float32 with these weights."""
 
     @abstractmethod
+    def parameters(self, model: Any) -> list[Any]:
+        """The trainable tensors or variables, in the oracle's order."""
+
+    @abstractmethod
     def optimizer(self, kind: str, model: Any) -> Any:
         """``"sgd"``, ``"momentum"`` or ``"adam"`` with the oracle's settings, not yet distributed."""
 
     @abstractmethod
     def distribute(self, optimizer: Any, model: Any, **arguments: Any) -> Any:
-        """``hvd.DistributedOptimizer(optimizer, ...)`` with this framework's usual arguments and ``arguments``."""
+        """``hvd.DistributedOptimizer(optimizer, ...)`` so that training starts from the first rank's weights.
+
+        ``arguments`` are Horovod's: ``op``, ``compression``, ``backward_passes_per_step``,
+        ``gradient_predivide_factor``, ``groups``, ``process_set``.
+        """
 
     @abstractmethod
     def train(self, model: Any, optimizer: Any, batches: Sequence[Batch], passes: int = 1) -> None:
@@ -48,3 +66,8 @@ class ContractDriver(ABC):
     @abstractmethod
     def weights(self, model: Any) -> Weights:
         """The network's weights, in the oracle's order and layout, as float64."""
+
+    def everyones(self, array: np.ndarray) -> np.ndarray:
+        """``array`` of all ranks, stacked along a new first axis."""
+        gathered = self.hvd.allgather(self.tensor(array.reshape(1, -1)))
+        return np.asarray(self.numpy(gathered)).reshape(-1, *array.shape)

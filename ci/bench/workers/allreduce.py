@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 
 import torch
 
@@ -14,12 +15,7 @@ def main() -> None:
     parser.add_argument("--way", choices=("horovod", "hvdscale"), required=True)
     parser.add_argument("sizes", nargs="+", metavar="NAME:BYTES:REPEATS")
     options = parser.parse_args()
-    if options.way == "hvdscale":
-        from hvdscale.runtime.session import prepare
-
-        prepare()
-    import horovod.torch as hvd
-
+    hvd = importlib.import_module(f"{options.way}.torch")
     hvd.init()
     seconds = {}
     for spec in options.sizes:

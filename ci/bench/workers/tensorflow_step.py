@@ -49,7 +49,7 @@ def loss_of(model: keras.Model, ids: tf.Tensor, targets: tf.Tensor) -> tf.Tensor
 
 
 def independent() -> tuple[int, int, keras.Model, Step]:
-    rank, ranks = int(os.environ["BENCH_RANK"]), int(os.environ["BENCH_RANKS"])
+    rank, ranks = int(os.environ.get("BENCH_RANK", "0")), int(os.environ.get("BENCH_RANKS", "1"))
     model, optimizer, (ids, targets) = gpt(), keras.optimizers.AdamW(3e-4), batch(rank)
 
     @tf.function
@@ -110,10 +110,21 @@ def horovod() -> tuple[int, int, keras.Model, Step]:
 
 
 def hvdscale() -> tuple[int, int, keras.Model, Step]:
-    from hvdscale.runtime.session import prepare
+    import hvdscale.tensorflow as hvd
 
-    prepare()
-    return horovod()
+    hvd.init()
+    model, optimizer, (ids, targets) = gpt(), keras.optimizers.AdamW(3e-4), batch(hvd.rank())
+    optimizer.build(model.trainable_variables)
+    hvd.broadcast_variables([*model.variables, *optimizer.variables], root_rank=0)
+
+    @tf.function
+    def step() -> tf.Tensor:
+        with hvd.DistributedGradientTape(tf.GradientTape()) as tape:
+            loss = loss_of(model, ids, targets)
+        optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+        return loss
+
+    return hvd.rank(), hvd.size(), model, step
 
 
 WAYS = {way.__name__: way for way in (independent, strategy, horovod, hvdscale)}

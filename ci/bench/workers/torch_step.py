@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -63,26 +64,20 @@ def join(way: str, model: GPT, optimizer: torch.optim.Optimizer) -> tuple[int, i
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)
         optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
         return hvd.rank(), hvd.size(), model, optimizer
-    from hvdscale.runtime.session import prepare
-
-    prepare()
-    import horovod.torch as hvd
+    import hvdscale.torch as hvd
 
     hvd.init()
-    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-    optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
+    optimizer = hvd.DistributedOptimizer(optimizer, model=model)
     return hvd.rank(), hvd.size(), model, optimizer
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--way", choices=("independent", "ddp", "horovod", "hvdscale"), required=True)
-    parser.add_argument("--steps", type=int, required=True)
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    model = GPT()
-    rank, ranks, model, optimizer = join(options.way, model, torch.optim.AdamW(model.parameters(), lr=3e-4))
-    data = torch.randint(VOCABULARY, (BATCH, CONTEXT + 1), generator=torch.Generator().manual_seed(rank))
+def random_batch(rank: int) -> torch.Tensor:
+    """Bytes, another draw on each rank; int64 [batch, context + 1]."""
+    return torch.randint(VOCABULARY, (BATCH, CONTEXT + 1), generator=torch.Generator().manual_seed(rank))
+
+
+def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, data: torch.Tensor) -> Callable[[], float]:
+    """A function that trains once on ``data`` and returns the loss."""
 
     def step() -> float:
         optimizer.zero_grad()
@@ -92,6 +87,18 @@ def main() -> None:
         optimizer.step()
         return loss.item()
 
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--way", choices=("independent", "ddp", "horovod", "hvdscale"), required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    model = GPT()
+    rank, ranks, joined, optimizer = join(options.way, model, torch.optim.AdamW(model.parameters(), lr=3e-4))
+    step = training_step(joined, optimizer, random_batch(rank))
     meet(rank, ranks)
     seconds = median_seconds(step, options.steps, warmup=3)
     weights = None if options.way == "independent" else digest(p.detach().numpy() for p in model.parameters())

@@ -1,0 +1,131 @@
+"""Train a language model on text: one script for both frameworks, on one process or many ranks.
+
+    python examples/train_lm.py
+    KERAS_BACKEND=tensorflow horovodrun -np 2 python examples/train_lm.py
+    KERAS_BACKEND=torch mpirun -np 2 python examples/train_lm.py --logdir runs/lm --plot loss.png
+
+The model is a decoder-only transformer in Keras 3. Without ``--data`` it reads the source of Python's own library.
+Lines that end in ``# hvd`` are all that distributed training needs.
+"""
+
+import hvdscale.keras as hvd  # hvd
+
+# isort: split
+import keras
+import numpy as np
+from keras import layers, ops
+from lm.batches import Batches, Share, load_share
+from lm.flags import check_flags, parse_flags, run
+from lm.report import Report
+
+
+class Embed(layers.Layer):
+    """Token and position vectors: int32[batch, context] to float32[batch, context, width].
+
+    Rows are picked by a product. ``layers.Embedding`` has a sparse gradient in TensorFlow alone, where Keras squares
+    each slice of it for Adam before it adds them: the two frameworks would take different steps.
+    """
+
+    def __init__(self, vocabulary: int, width: int) -> None:
+        super().__init__()
+        self._shape = (vocabulary, width)
+
+    def build(self, shape: tuple[int, int]) -> None:
+        vocabulary, width = self._shape
+        self.tokens = self.add_weight((vocabulary, width), name="embeddings")
+        self.places = self.add_weight((shape[1], width), name="positions")
+
+    def call(self, tokens: keras.KerasTensor) -> keras.KerasTensor:
+        return ops.matmul(ops.one_hot(tokens, self._shape[0]), self.tokens) + self.places
+
+
+def build_model(vocabulary: int, context: int, depth: int, width: int, heads: int, seed: int) -> keras.Model:
+    """Tokens int32[batch, context] to logits float32[batch, context, vocabulary]."""
+    tokens = keras.Input((context,), dtype="int32")
+    x = Embed(vocabulary, width)(tokens)
+    for _ in range(depth):
+        y = layers.LayerNormalization(epsilon=1e-5)(x)
+        x = x + layers.MultiHeadAttention(heads, width // heads)(y, y, use_causal_mask=True)
+        y = layers.LayerNormalization(epsilon=1e-5)(x)
+        x = x + layers.Dense(width)(layers.Dense(4 * width, activation="gelu")(y))
+    logits = layers.Dense(vocabulary, use_bias=False)(layers.LayerNormalization(epsilon=1e-5)(x))
+    model = keras.Model(tokens, logits)
+    # Drawn by NumPy: the same first weights in every framework.
+    draw = np.random.default_rng(seed)
+    for weight in model.trainable_weights:
+        if weight.name in ("kernel", "embeddings", "positions"):
+            weight.assign(draw.normal(0, 0.02, weight.shape).astype("float32"))
+    return model
+
+
+class Steps(keras.utils.PyDataset):
+    """Batches of steps ``first .. first + count - 1``."""
+
+    def __init__(self, batches: Batches, first: int, count: int) -> None:
+        super().__init__()
+        self._batches, self._first, self._count = batches, first, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        return self._batches[self._first + i]
+
+
+class Losses(keras.callbacks.Callback):
+    """Reports each step's own loss, where Keras reports the mean since the epoch began."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__()
+        self._report = report
+
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        self.model.reset_metrics()
+
+    def on_train_batch_end(self, batch: int, logs: dict) -> None:
+        self._report.step(logs["loss"])
+
+
+def mean_of_ranks(values: np.ndarray) -> np.ndarray:
+    return np.asarray(hvd.allreduce(values))  # hvd
+
+
+def evaluate(model: keras.Model, share: Share, batch_size: int, report: Report) -> None:
+    inputs, targets = share.held_out
+    loss = model.evaluate(inputs, targets, batch_size=batch_size, verbose=0) if len(inputs) else 0.0
+    report.evaluated(loss, targets.size)
+
+
+def main() -> None:
+    flags = parse_flags(__doc__)
+    hvd.init()  # hvd
+    rank, ranks = hvd.rank(), hvd.size()  # hvd
+    check_flags(flags)
+    share = load_share(flags, rank, ranks)
+
+    model = build_model(share.vocabulary, flags.context, flags.layers, flags.width, flags.heads, flags.seed)
+    rate = keras.optimizers.schedules.CosineDecay(
+        flags.lr / flags.warmup if flags.warmup else flags.lr,
+        decay_steps=flags.steps - flags.warmup,
+        alpha=0.1,
+        warmup_target=flags.lr if flags.warmup else None,
+        warmup_steps=flags.warmup,
+    )
+    optimizer = keras.optimizers.AdamW(rate, weight_decay=0.01, global_clipnorm=1.0)
+    optimizer = hvd.DistributedOptimizer(optimizer, model=model)  # hvd
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+
+    report = Report(rank, ranks, flags.steps, flags.batch_size * flags.context, mean_of_ranks, flags.logdir)
+    report.say(f"{ranks} rank{'s' if ranks > 1 else ''} on Keras {keras.__version__} with {keras.backend.backend()}")
+    report.say(f"{model.count_params():,} parameters; {share.description}")
+    evaluate(model, share, flags.batch_size, report)
+    for first in range(0, flags.steps, flags.eval_every):
+        count = min(flags.eval_every, flags.steps - first)
+        steps = Steps(share.batches, first, count)
+        model.fit(steps, shuffle=False, verbose=0, callbacks=[Losses(report)])
+        evaluate(model, share, flags.batch_size, report)
+    report.finish(flags.plot, flags.record)
+
+
+if __name__ == "__main__":
+    run(main)

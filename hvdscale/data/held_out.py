@@ -1,0 +1,43 @@
+"""Splitting samples into train, validation and test by a hash of their keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hvdscale.data.hashing import derive_words, hash_keys
+from hvdscale.data.types import Int64s
+from hvdscale.errors import PlanError
+
+__all__ = ["split"]
+
+
+def split(
+    keys: Sequence[Any] | npt.NDArray[Any], fractions: Sequence[float], salt: str | int = ""
+) -> tuple[Int64s, ...]:
+    """Split samples into parts by key: one int64 array of indices per fraction, each ascending.
+
+    A key's part depends on the key alone. So a sample stays in its part as the data grows, and samples that
+    share a key (a document, a speaker, a patient) are never on two sides. Parts have their fractions of the
+    keys in expectation, not exactly.
+
+    Args:
+        keys: one integer, string or bytes per sample.
+        fractions: one per part, each at least 0, summing to 1; ``(0.9, 0.1)``.
+        salt: another salt is another split, independent of this one and of every ``ShardPlan``.
+
+    Raises:
+        PlanError: fractions that are no parts of 1, or keys of no usable kind.
+    """
+    shares = [float(f) for f in fractions]
+    if not shares or not all(f >= 0 for f in shares) or not math.isclose(math.fsum(shares), 1, abs_tol=1e-6):
+        raise PlanError(f"Fractions are at least 0 and sum to 1; these are {shares}, sum {math.fsum(shares):g}.")
+    hashes = hash_keys(keys, derive_words(1, "split", salt)[0])
+    unit = (hashes >> np.uint64(11)) * 2.0**-53  # [n] in [0, 1)
+    borders = np.cumsum(shares)[:-1]  # [parts - 1]
+    part = np.searchsorted(borders, unit, side="right")
+    return tuple(np.flatnonzero(part == i).astype(np.int64) for i in range(len(shares)))

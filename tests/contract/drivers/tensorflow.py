@@ -1,0 +1,74 @@
+"""The network in TensorFlow: Keras layers and optimizers in a native loop around ``DistributedGradientTape``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import hvdscale.tensorflow as hvd
+from tests.contract.driver import ContractDriver
+from tests.contract.oracle import HIDDEN, INPUTS, Batch, Weights
+
+_OPTIMIZERS: dict[str, Callable[[], keras.optimizers.Optimizer]] = {
+    "sgd": lambda: keras.optimizers.SGD(0.1),
+    "momentum": lambda: keras.optimizers.SGD(0.1, momentum=0.9),
+    "adam": lambda: keras.optimizers.Adam(0.01, beta_1=0.9, beta_2=0.999, epsilon=1e-7),
+}
+
+
+@dataclass
+class Distributed:
+    """A Keras optimizer and how its gradients are reduced: what a native loop keeps in two variables."""
+
+    optimizer: keras.optimizers.Optimizer
+    tape_arguments: dict[str, Any] = field(default_factory=dict)
+
+
+class Driver(ContractDriver):
+    hvd = hvd
+
+    def tensor(self, array: np.ndarray) -> tf.Tensor:
+        return tf.constant(array)
+
+    def numpy(self, tensor: Any) -> np.ndarray:
+        return np.asarray(tf.convert_to_tensor(tensor))
+
+    def model(self, weights: Weights) -> keras.Model:
+        layers = [keras.layers.Dense(HIDDEN, activation="tanh"), keras.layers.Dense(1)]
+        model = keras.Sequential([keras.Input((INPUTS,)), *layers])
+        model.set_weights(weights)
+        return model
+
+    def optimizer(self, kind: str, model: Any) -> keras.optimizers.Optimizer:
+        return _OPTIMIZERS[kind]()
+
+    def distribute(self, optimizer: Any, model: Any, **arguments: Any) -> Distributed:
+        arguments.pop("backward_passes_per_step", None)  # the loop's own: see ``train``
+        given = arguments.pop("model", None)
+        if given is not None:
+            optimizer.build(given.trainable_variables)
+            hvd.broadcast_variables([given.variables, optimizer.variables], root_rank=0)
+        return Distributed(optimizer, arguments)
+
+    def train(self, model: Any, optimizer: Distributed, batches: Sequence[Batch], passes: int = 1) -> None:
+        optimizer.optimizer.build(model.trainable_variables)
+        step = tf.function(self.step, reduce_retracing=True)
+        for first in range(0, len(batches), passes):
+            chunk = [(tf.cast(x, tf.float32), tf.cast(y, tf.float32)) for x, y in batches[first : first + passes]]
+            step(model, optimizer, chunk)
+
+    def step(self, model: Any, optimizer: Distributed, chunk: Sequence[tuple[tf.Tensor, tf.Tensor]]) -> None:
+        """Gradients of the summed losses of ``chunk``, reduced over ranks and applied."""
+        with tf.GradientTape() as tape:
+            loss = tf.add_n([tf.reduce_mean((model(x) - y) ** 2) for x, y in chunk])
+        tape = hvd.DistributedGradientTape(tape, **optimizer.tape_arguments)
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.optimizer.apply(gradients, model.trainable_variables)
+
+    def weights(self, model: Any) -> Weights:
+        return [np.asarray(w, np.float64) for w in model.get_weights()]

@@ -1,0 +1,193 @@
+"""The bench harness: interleaving, medians, ratios, targets, JSON; and launches that fail, hang or do not agree."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from ci.bench.allreduce_links import limit_seconds
+from ci.bench.harness import (
+    BenchError,
+    Process,
+    Results,
+    Target,
+    Variant,
+    arguments,
+    as_json,
+    finish,
+    interleave,
+    run_once,
+)
+from ci.bench.workers.ranks import digest, median_seconds
+
+LIMIT = Variant("limit", "limit", fixed={"step": 1.0})
+PEER = Variant("peer", "peer", fixed={"step": 3.0})
+OURS = Variant("ours", "ours", fixed={"step": 1.25})
+
+
+def python(code: str, **env: str) -> Process:
+    return Process((sys.executable, "-c", code), env)
+
+
+def leaving(*steps: float, weights: Sequence[str | None] | None = None) -> Variant:
+    """A variant whose rank r leaves the result ``steps[r]`` and ``weights[r]``."""
+    code = "from ci.bench.workers.ranks import leave_result; leave_result({}, {!r}, step={})"
+    processes = (python(code.format(r, weights[r] if weights else None, s)) for r, s in enumerate(steps))
+    return Variant("ours", "ours", len(steps), tuple(processes))
+
+
+def test_variants_take_turns_and_medians_are_over_rounds() -> None:
+    order: list[str] = []
+    times = {"limit": iter([1.0, 9.0, 2.0]), "ours": iter([4.0, 3.0, 8.0])}
+
+    def run(variant: Variant, deadline_seconds: float) -> dict[str, float]:
+        assert deadline_seconds == 7
+        order.append(variant.name)
+        return {"step": next(times[variant.name])}
+
+    results = interleave([LIMIT, OURS], rounds=3, deadline_seconds=7, run=run)
+    assert order == ["limit", "ours"] * 3
+    assert results.samples["ours"] == {"step": [4.0, 3.0, 8.0]}
+    assert (results.median("limit", "step"), results.median("ours", "step")) == (2.0, 4.0)
+    assert results.ratio("step", of="ours", to="limit") == 2.0
+    assert results.ratio_to("limit", "step", "ours") == 2.0
+    assert results.ratio_to("peer", "step", "ours") is None
+
+
+def test_a_metric_without_a_limit_has_no_ratio_to_it() -> None:
+    ours = Variant("ours", "ours", fixed={"step": 2.0, "small": 0.1})
+    results = interleave([LIMIT, ours], 1, 1)
+    assert results.metrics == ("step", "small")
+    assert results.ratio_to("limit", "small", "ours") is None
+
+
+@pytest.mark.parametrize(
+    ("target", "reached", "met"),
+    [
+        (Target("limit", 0.8), 0.8, True),
+        (Target("limit", 0.81), 0.8, False),
+        (Target("peer", 2.4), 2.4, True),
+        (Target("peer", 2.41, ("step",)), 2.4, False),
+    ],
+)
+@pytest.mark.parametrize("strict", [False, True])
+def test_targets_are_times_of_the_other_over_ours(
+    target: Target, reached: float, met: bool, strict: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = interleave([LIMIT, PEER, OURS], 1, 1)
+    (row,) = results.judged([target])
+    assert (row["reached"], row["met"]) == (pytest.approx(reached), met)
+    code = finish("a title", results, [target], Namespace(json=None, strict=strict))
+    assert code == int(strict and not met)
+    assert ("missed" in capsys.readouterr().out) != met
+
+
+def test_the_table_and_the_json_hold_medians_and_ratios(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = Results(
+        (LIMIT, PEER, OURS), {"limit": {"step": [1.0]}, "peer": {"step": [3.0]}, "ours": {"step": [0.5, 2.0, 1.25]}}
+    )
+    file = tmp_path / "out.json"
+    finish("a title", results, [Target("peer", 2.0)], Namespace(json=file, strict=False), ["one thread"])
+    shown = capsys.readouterr().out
+    assert all(part in shown for part in ("a title", "1.25 s", "500.0 ms .. 2.00 s", "2.40", "0.80", "one thread"))
+    written = json.loads(file.read_text())
+    assert written == json.loads(
+        json.dumps(as_json("a title", results, results.judged([Target("peer", 2.0)]), ["one thread"]))
+    )
+    (ours,) = (row for row in written["results"] if row["role"] == "ours")
+    assert ours["samples_seconds"] == [0.5, 2.0, 1.25]
+    assert (ours["median_seconds"], ours["over_limit"], ours["over_ours"]) == (1.25, 1.25, 1.0)
+    assert written["targets"] == [{"metric": "step", "against": "peer", "reached": 2.4, "at_least": 2.0, "met": True}]
+
+
+def test_a_launch_counts_as_its_slowest_rank() -> None:
+    assert run_once(leaving(0.25, 0.5), 30) == {"step": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("variant", "says"),
+    [
+        (leaving(0.25, 0.5, weights=("a", "b")), "different weights"),
+        (Variant("mute", "ours", 1, (python("pass"),)), "0 ranks left a result, 1 must"),
+        (
+            Variant("broken", "ours", 1, (python("raise SystemExit('no such model')"),)),
+            r"(?s)ended with \[1\].*no such model",
+        ),
+    ],
+    ids=["disagrees", "mute", "broken"],
+)
+def test_a_launch_that_does_not_do_its_work_is_an_error(variant: Variant, says: str) -> None:
+    with pytest.raises(BenchError, match=says):
+        run_once(variant, 30)
+
+
+def test_a_launch_past_its_deadline_is_killed_with_its_children(tmp_path: Path) -> None:
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SLEEP.format(str(tmp_path / 'pid'))!r}])"
+    start = time.monotonic()
+    with pytest.raises(BenchError, match="ran past its deadline of 3 s"):
+        run_once(Variant("slow", "ours", 1, (python(child),)), 3)
+    assert time.monotonic() - start < 20
+    pid = int((tmp_path / "pid").read_text())
+    end = time.monotonic() + 5
+    while _lives(pid) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not _lives(pid)
+
+
+SLEEP = "import os, time; open({!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+def test_a_launch_starts_clean_of_an_outer_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+    monkeypatch.setenv("HOROVOD_CYCLE_TIME", "9")
+    code = (
+        "import os; from ci.bench.workers.ranks import leave_result;"
+        "names = {'OMPI_COMM_WORLD_RANK', 'HOROVOD_CYCLE_TIME', 'MINE'};"
+        "leave_result(0, step=len(names & set(os.environ)))"
+    )
+    assert run_once(Variant("ours", "ours", 1, (python(code, MINE="1"),)), 30) == {"step": 1}
+
+
+@pytest.mark.parametrize("processes", [(), (Process(("true",)),)])
+def test_a_variant_is_run_or_known_not_both(processes: tuple[Process, ...]) -> None:
+    with pytest.raises(ValueError, match="both or neither"):
+        Variant("odd", "peer", processes=processes, fixed={"step": 1.0} if processes else None)
+
+
+def test_options() -> None:
+    parser = arguments("about", rounds=5, steps=20, quick=(1, 12))
+    assert (parser.parse_args([]).rounds, parser.parse_args([]).steps, parser.parse_args([]).quick) == (5, 20, False)
+    quick = parser.parse_args(["--quick"])
+    assert (quick.rounds, quick.steps, quick.quick) == (1, 12, True)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--rounds", "0"])
+
+
+def test_the_median_leaves_the_warm_up_out() -> None:
+    pauses = iter([0.2, 0.0, 0.02, 0.0])
+    assert median_seconds(lambda: time.sleep(next(pauses)), steps=3, warmup=1) < 0.02
+
+
+def test_the_limit_of_a_link() -> None:
+    assert limit_seconds(10**7, hosts=4, rate_mbit=200) == pytest.approx(0.6)
+    assert limit_seconds(10**6, hosts=2, rate_mbit=8) == pytest.approx(1.0)
+
+
+def test_digests_tell_weights_apart() -> None:
+    import numpy as np
+
+    a, b = np.zeros(3, np.float32), np.array([0, 0, 1e-9], np.float32)
+    assert digest([a, a]) == digest([a.copy(), a]) != digest([a, b])

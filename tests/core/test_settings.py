@@ -1,0 +1,197 @@
+"""Settings: what a launch gets by default, that anything the user chose wins, and what comes too late."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from hvdscale.runtime import rules
+from hvdscale.runtime.cores import bound_by_default, cores_in_quota
+from hvdscale.runtime.launch import Launch
+from hvdscale.runtime.settings import FRONT, Setting, apply_settings, choose_settings, put_in_force
+from tests.launcher import launch
+
+YIELD = "OMPI_MCA_mpi_yield_when_idle"
+USE_RULES = "OMPI_MCA_coll_tuned_use_dynamic_rules"
+RULES_FILE = "OMPI_MCA_coll_tuned_dynamic_rules_filename"
+THREADS = {"OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"}
+MPI = {YIELD, USE_RULES, RULES_FILE}
+
+ALONE = Launch("none", "single")
+TWO_HERE = Launch("mpirun (Open MPI)", "mpi", 0, 2, 0, 2)
+ONE_BY_MPIRUN = Launch("mpirun (Open MPI)", "mpi")
+ONE_PER_HOST = Launch("mpirun (Open MPI)", "mpi", 0, 4, 0, 1)
+TWO_BY_GLOO = Launch("horovodrun --gloo", "gloo", 0, 2, 0, 2)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home and a cache of the test's own."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    return tmp_path
+
+
+def by_name(settings: tuple[Setting, ...]) -> dict[str, Setting]:
+    return {setting.name: setting for setting in settings}
+
+
+@pytest.mark.parametrize(
+    ("job", "names"),
+    [
+        (ALONE, {"HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"}),
+        (ONE_BY_MPIRUN, set()),
+        (TWO_HERE, THREADS | MPI),
+        (ONE_PER_HOST, MPI),
+        (TWO_BY_GLOO, THREADS),
+    ],
+    ids=["alone", "one-rank", "two-here", "four-hosts", "gloo"],
+)
+def test_what_a_launch_gets(job: Launch, names: set[str]) -> None:
+    chosen = by_name(choose_settings(job, cores=4))
+    assert set(chosen) == names
+    assert all(setting.reason and setting.origin == "hvdscale" for setting in chosen.values())
+
+
+@pytest.mark.parametrize(
+    ("local_size", "cores", "own", "threads"),
+    [(2, 2, None, "1"), (2, 16, None, "8"), (3, 8, None, "2"), (4, 2, None, "1"), (2, 16, 1, "1"), (2, 16, 16, "8")],
+)
+def test_ranks_of_a_host_share_its_cores(local_size: int, cores: int, own: int | None, threads: str) -> None:
+    job = Launch("mpirun (Open MPI)", "mpi", 0, local_size, 0, local_size)
+    chosen = by_name(choose_settings(job, cores, own))
+    assert {chosen[name].value for name in THREADS} == {threads}
+
+
+def test_settings_are_written_for_this_process() -> None:
+    env = {"HOME": os.environ["HOME"]}
+    settled = apply_settings(choose_settings(TWO_HERE, 4), env, mpi_running=False)
+    assert {setting.name: setting.value for setting in settled}.items() <= env.items()
+    assert Path(env[RULES_FILE]).read_text() == rules.rules_text()
+
+
+@pytest.mark.parametrize("name", sorted(THREADS | {YIELD, USE_RULES, RULES_FILE}))
+def test_the_user_wins(name: str) -> None:
+    env = {name: "7"}
+    settled = by_name(apply_settings(choose_settings(TWO_HERE, 4), env, mpi_running=False))
+    assert env[name] == "7"
+    assert (settled[name].value, settled[name].origin, settled[name].reason) == ("7", "user", "set by you")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [USE_RULES, RULES_FILE, "OMPI_MCA_coll_tuned_allreduce_algorithm", "OMPI_MCA_coll_tuned_allreduce_tree_fanout"],
+)
+def test_who_chose_the_all_reduce_does_not_meet_our_rules(name: str) -> None:
+    """Open MPI would prefer our file to a forced algorithm."""
+    env = {name: "3"}
+    settled = apply_settings(choose_settings(ONE_PER_HOST, 4), env, mpi_running=False)
+    assert {setting.name for setting in settled if setting.origin == "hvdscale"} == {YIELD}
+    assert set(env) == {name, YIELD}
+
+
+def test_a_parameter_in_the_users_file_wins(home: Path) -> None:
+    (home / ".openmpi").mkdir()
+    (home / ".openmpi" / "mca-params.conf").write_text("# mine\nmpi_yield_when_idle = 0  # spin\n")
+    env = {"HOME": str(home)}
+    settled = by_name(apply_settings(choose_settings(TWO_HERE, 4), env, mpi_running=False))
+    assert (settled[YIELD].value, settled[YIELD].origin) == ("0", "user")
+    assert YIELD not in env
+
+
+def test_mpi_settings_come_too_late_once_mpi_runs() -> None:
+    env: dict[str, str] = {}
+    settled = by_name(apply_settings(choose_settings(TWO_HERE, 4), env, mpi_running=True))
+    assert {name for name, setting in settled.items() if setting.origin == "late"} == MPI
+    assert all("call init() first" in settled[name].reason for name in MPI)
+    assert set(env) == THREADS
+
+
+def test_what_the_front_has_set_is_not_the_users(home: Path) -> None:
+    """... and the rules file is this host's own, not the path of the host the job was started on."""
+    env = {FRONT: f"{YIELD},{USE_RULES},{RULES_FILE}", YIELD: "1", USE_RULES: "1", RULES_FILE: "/elsewhere/rules"}
+    settled = by_name(apply_settings(choose_settings(ONE_PER_HOST, 4), env, mpi_running=False))
+    assert {setting.origin for setting in settled.values()} == {"hvdscale"}
+    assert Path(env[RULES_FILE]) == home / ".cache" / "hvdscale" / "allreduce-rules.conf"
+
+
+def test_rules_lie_in_a_folder_only_the_user_writes(home: Path) -> None:
+    path = rules.rules_path({"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")})
+    assert path.parent == home / "cache" / "hvdscale"
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+def test_rules_leave_a_folder_others_may_write(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules.tempfile, "tempdir", str(home / "tmp"))
+    (home / "tmp").mkdir()
+    shared = home / ".cache" / "hvdscale"
+    shared.mkdir(parents=True)
+    shared.chmod(0o777)
+    path = rules.rules_path({"HOME": str(home)})
+    assert path.parent == home / "tmp" / f"hvdscale-{os.getuid()}"
+    path.parent.chmod(0o777)
+    other = rules.rules_path({"HOME": str(home)}).parent
+    assert other.parent == home / "tmp"
+    assert stat.S_IMODE(other.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"),
+    [("200000 100000\n", 2), ("150000 100000\n", 2), ("50000 100000\n", 1), ("max 100000\n", 1 << 20)],
+)
+def test_a_containers_quota_limits_the_cores(text: str, cores: int) -> None:
+    assert cores_in_quota(text) == cores
+
+
+def test_only_a_binding_nobody_asked_for_is_undone() -> None:
+    bound = {"OMPI_MCA_orte_bound_at_launch": "1"}
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(mine)})
+    try:
+        narrower = mine > os.sched_getaffinity(0)
+        assert bound_by_default(bound) == narrower
+        assert not bound_by_default(bound | {"OMPI_MCA_hwloc_base_binding_policy": "core"})
+        assert not bound_by_default({})
+        settled = put_in_force(TWO_HERE, dict(bound), mpi_running=False)
+        assert os.sched_getaffinity(0) == mine
+        assert ("CPU binding" in by_name(settled)) == narrower
+    finally:
+        os.sched_setaffinity(0, mine)
+
+
+@pytest.mark.parametrize("user", [{}, {USE_RULES: "0"}], ids=["our rules", "rules off"])
+def test_open_mpi_follows_the_rules(user: dict[str, str]) -> None:
+    """Of four ranks, recursive doubling sends the message twice, the ring one and a half times: count what is sent."""
+    wire = {"OMPI_MCA_btl": "tcp,self", "OMPI_MCA_btl_tcp_if_include": "127.0.0.0/8", "OMPI_MCA_pml": "ob1"}
+    report = launch(["-c", COUNT_SENT], ranks=4, deadline_seconds=60, env=wire | user, launcher="mpirun").check()
+    sent = json.loads(next(line for line in report.splitlines() if line.startswith("[")))
+    if user:
+        assert sent != pytest.approx([2.0, 1.5, 1.5], rel=0.05), "the rules made no difference"
+    else:
+        assert sent == pytest.approx([2.0, 1.5, 1.5], rel=0.05)
+
+
+COUNT_SENT = f"""
+from hvdscale.runtime.session import prepare
+prepare()
+from mpi4py import MPI
+import json, numpy as np
+
+def written():
+    return int(next(line.split()[1] for line in open("/proc/self/io") if line.startswith("wchar")))
+
+sent = []
+for size in ({rules.RING_FROM_BYTES} // 2, {rules.RING_FROM_BYTES} * 2, 4_000_000):
+    ones, total = np.ones(size // 4, np.float32), np.zeros(size // 4, np.float32)
+    before = written()
+    for _ in range(10):
+        MPI.COMM_WORLD.Allreduce(ones, total)
+    sent.append((written() - before) / size / 10)
+    assert (total == 4).all()
+if MPI.COMM_WORLD.rank == 0:
+    print(json.dumps(sent))
+"""
