@@ -56,10 +56,6 @@ from hvdscale.torch.broadcast import broadcast_optimizer_state, broadcast_parame
 from hvdscale.torch.collectives import (
     allgather,
     allgather_async,
-    allreduce,
-    allreduce_,
-    allreduce_async,
-    allreduce_async_,
     alltoall,
     alltoall_async,
     broadcast,
@@ -68,19 +64,27 @@ from hvdscale.torch.collectives import (
     broadcast_async_,
     grouped_allgather,
     grouped_allgather_async,
+)
+from hvdscale.torch.gradients import reduce_gradients
+from hvdscale.torch.handles import (
+    poll,
+    synchronize,
+)
+from hvdscale.torch.reductions import (
+    allreduce,
+    allreduce_,
+    allreduce_async,
+    allreduce_async_,
     grouped_allreduce,
     grouped_allreduce_,
     grouped_allreduce_async,
     grouped_allreduce_async_,
     grouped_reducescatter,
     grouped_reducescatter_async,
-    poll,
     reducescatter,
     reducescatter_async,
     sparse_allreduce_async,
-    synchronize,
 )
-from hvdscale.torch.gradients import reduce_gradients
 from hvdscale.torch.runtime import init, runtime_settings, shutdown, world
 from hvdscale.torch.sync import DistributedOptimizer
 

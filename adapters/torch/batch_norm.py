@@ -12,7 +12,9 @@ import torch
 from horovod.torch import ProcessSet, Sum, global_process_set
 from torch import Tensor, nn
 
-from hvdscale.torch.collectives import allgather_async, allreduce_async_, synchronize
+from hvdscale.torch.collectives import allgather_async
+from hvdscale.torch.handles import synchronize
+from hvdscale.torch.reductions import allreduce_async_
 
 __all__ = ["SyncBatchNorm"]
 

@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from hvdscale.errors import PlanError
 from hvdscale.runtime.agreement import Fingerprint, agree
 from hvdscale.runtime.transport import broadcast as broadcast_bytes
-from hvdscale.torch.collectives import broadcast_async_, synchronize
+from hvdscale.torch.collectives import broadcast_async_
+from hvdscale.torch.handles import synchronize
 from hvdscale.torch.runtime import control
 from hvdscale.torch.structure import decode, encode
 

@@ -7,27 +7,25 @@ gradient scalers and hooks made before or after find what they expect, once per 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import horovod.torch as _horovod
-import torch
 from horovod.torch import ProcessSet, global_process_set
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hvdscale._version import __version__
 from hvdscale.errors import PlanError, StateError
 from hvdscale.runtime.agreement import Fingerprint, agree
-from hvdscale.sync import EveryStep, Reduction
 from hvdscale.torch.adasum import DeltaReducer
 from hvdscale.torch.names import parameter_names
 from hvdscale.torch.reducer import Reducer
 from hvdscale.torch.runtime import control, elastic
+from hvdscale.torch.steps import Attachment, Terms, after_step, before_step
 
-__all__ = ["DistributedMixin", "Terms", "distribute", "plain_class"]
+__all__ = ["DistributedMixin", "distribute", "plain_class"]
 
 _ZERO_GRAD = (
     "optimizer.zero_grad() was called after loss.backward() but before optimizer.step() or optimizer.synchronize(). "
@@ -37,71 +35,10 @@ _ZERO_GRAD = (
 _wrapped = 0  # optimizers made distributed by this process: part of message names, so that models do not collide
 
 
-@dataclass(frozen=True)
-class Terms:
-    """How one optimizer's gradients are reduced: what all ranks must agree on."""
-
-    reduction: Reduction
-    plan: EveryStep
-    compression: Any
-    process_set: ProcessSet
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Terms:
-        return self
-
-    def facts(self, optimizer: Optimizer, number: int) -> dict[str, object]:
-        kind = plain_class(optimizer)
-        return {
-            "hvdscale": __version__,
-            "torch": torch.__version__,
-            "optimizer": f"{kind.__module__}.{kind.__qualname__}",
-            "optimizers wrapped before": number,
-            "plan": self.plan,
-            "reduction": self.reduction,
-            "compression": getattr(self.compression, "__name__", type(self.compression).__name__),
-        }
-
-
-class _Exchange(Protocol):
-    """What runs around a step; ``Reducer`` and ``DeltaReducer``."""
-
-    watches_gradients: bool
-    passes: int
-
-    @property
-    def busy(self) -> bool: ...
-
-    def add(self, named: Sequence[tuple[str, Tensor]]) -> None: ...
-
-    def set_passes(self, passes: int) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def new_round(self) -> None: ...
-
-    def forget(self) -> None: ...
-
-    def before_step(self) -> None: ...
-
-    def after_step(self) -> None: ...
-
-
-@dataclass
-class _Attachment:
-    """What hvdscale keeps on an optimizer. ``exchange`` is ``None`` where this rank steps alone."""
-
-    terms: Terms
-    names: dict[int, str] | None  # by id, as far as the user gave them
-    named: list[tuple[str, Tensor]]
-    number: int
-    exchange: _Exchange | None
-    skip: bool = False
-
-
 class DistributedMixin:
     """What a distributed optimizer adds to its type. Not made directly: see ``DistributedOptimizer``."""
 
-    _hvdscale: _Attachment
+    _hvdscale: Attachment
     param_groups: list[dict[str, Any]]
 
     @property
@@ -203,7 +140,7 @@ def distribute(
     """
     global _wrapped
     number, _wrapped = _wrapped, _wrapped + 1
-    held = _Attachment(terms, names, named, number, None)
+    held = Attachment(terms, names, named, number, None)
     alone = not _takes_part(terms.process_set)
     if not alone:
         _agree(optimizer, held, "the optimizer")
@@ -223,15 +160,19 @@ def _takes_part(process_set: ProcessSet) -> bool:
     return bool(process_set.included()) and (_horovod.size() > 1 or elastic())
 
 
-def _agree(optimizer: Optimizer, held: _Attachment, about: str) -> None:
+def _agree(optimizer: Optimizer, held: Attachment, about: str) -> None:
     tensors = [
         (name, tuple(p.shape), str(p.dtype).removeprefix("torch.") + ("" if p.requires_grad else " (frozen)"))
         for name, p in held.named
     ]
-    agree(Fingerprint.of(tensors, held.terms.facts(optimizer, held.number)), control(held.terms.process_set), about)
+    agree(
+        Fingerprint.of(tensors, held.terms.facts(plain_class(optimizer), held.number)),
+        control(held.terms.process_set),
+        about,
+    )
 
 
-def _watch(optimizer: Optimizer, held: _Attachment, sparse: frozenset[int]) -> None:
+def _watch(optimizer: Optimizer, held: Attachment, sparse: frozenset[int]) -> None:
     terms, prefix = held.terms, f"hvdscale.{held.number}."
     common = {"compression": terms.compression, "process_set": terms.process_set, "prefix": prefix}
     if terms.reduction.op == "adasum":
@@ -239,47 +180,8 @@ def _watch(optimizer: Optimizer, held: _Attachment, sparse: frozenset[int]) -> N
     else:
         held.exchange = Reducer(terms.reduction, sparse=sparse, **common)
     held.exchange.add(held.named)
-    optimizer.register_step_pre_hook(_before_step)
-    optimizer.register_step_post_hook(_after_step)
-
-
-def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    held: _Attachment = optimizer._hvdscale
-    exchange = held.exchange
-    if exchange is None or held.skip:
-        return None
-    closure = args[1] if len(args) > 1 else kwargs.get("closure")
-    if closure is None or not exchange.watches_gradients:
-        exchange.before_step()
-        return None
-    evaluate = _on_all_ranks(closure, held, exchange)
-    if len(args) > 1:
-        return (args[0], evaluate, *args[2:]), kwargs
-    return args, {**kwargs, "closure": evaluate}
-
-
-def _after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    held: _Attachment = optimizer._hvdscale
-    if held.exchange is not None:
-        held.exchange.after_step()
-
-
-def _on_all_ranks(closure: Callable[[], Any], held: _Attachment, exchange: _Exchange) -> Callable[[], Any]:
-    """The closure with its gradients and its loss reduced, so that line searches decide alike everywhere."""
-
-    def evaluate() -> Any:
-        loss = closure()
-        exchange.synchronize()
-        if not isinstance(loss, (float, Tensor)):
-            return loss
-        value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
-        op = _horovod.Sum if held.terms.reduction.op == "sum" else _horovod.Average
-        total = _horovod.allreduce(
-            value.double(), op=op, name=f"hvdscale.{held.number}.loss", process_set=held.terms.process_set
-        )
-        return total.to(value.dtype) if isinstance(loss, Tensor) else float(total)
-
-    return evaluate
+    optimizer.register_step_pre_hook(before_step)
+    optimizer.register_step_post_hook(after_step)
 
 
 @functools.cache
@@ -308,7 +210,7 @@ def _attach(optimizer: Optimizer, terms: Terms, names: tuple[str, ...]) -> None:
     number, _wrapped = _wrapped, _wrapped + 1
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     named = list(zip(names, parameters, strict=True))
-    held = _Attachment(terms, {id(p): n for n, p in named}, named, number, None)
+    held = Attachment(terms, {id(p): n for n, p in named}, named, number, None)
     optimizer._hvdscale = held  # type: ignore[attr-defined]
     if _takes_part(terms.process_set):
         _watch(optimizer, held, frozenset())

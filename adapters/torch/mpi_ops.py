@@ -48,10 +48,6 @@ from horovod.torch.mpi_ops import (
 from hvdscale.torch.collectives import (
     allgather,
     allgather_async,
-    allreduce,
-    allreduce_,
-    allreduce_async,
-    allreduce_async_,
     alltoall,
     alltoall_async,
     broadcast,
@@ -60,17 +56,25 @@ from hvdscale.torch.collectives import (
     broadcast_async_,
     grouped_allgather,
     grouped_allgather_async,
+)
+from hvdscale.torch.handles import (
+    poll,
+    synchronize,
+)
+from hvdscale.torch.reductions import (
+    allreduce,
+    allreduce_,
+    allreduce_async,
+    allreduce_async_,
     grouped_allreduce,
     grouped_allreduce_,
     grouped_allreduce_async,
     grouped_allreduce_async_,
     grouped_reducescatter,
     grouped_reducescatter_async,
-    poll,
     reducescatter,
     reducescatter_async,
     sparse_allreduce_async,
-    synchronize,
 )
 from hvdscale.torch.runtime import init, shutdown
 

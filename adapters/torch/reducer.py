@@ -9,12 +9,14 @@ is finished by ``synchronize()`` or the step, which send zeros for the missing o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from horovod.torch import ProcessSet
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from hvdscale.sync import Reduction
 from hvdscale.torch.gradients import Finish, launch
@@ -26,6 +28,10 @@ _TOO_MANY_PASSES = (
     "(parameter {name}). Increase backward_passes_per_step to accumulate gradients locally, or call "
     "optimizer.step(), optimizer.synchronize() or optimizer.zero_grad() between backward passes."
 )
+
+# The hook on each parameter, by its id: the optimizer wrapped last reduces its gradient, so that one thrown away but
+# not collected yet does not reduce it a second time. Entries of parameters long gone do no harm.
+_watching: dict[int, RemovableHandle] = {}
 
 
 class Reducer:
@@ -126,11 +132,22 @@ class Reducer:
         for i in positions:
             if i not in self._hooked:
                 self._hooked.add(i)
-                self._parameters[i].register_post_accumulate_grad_hook(self._hook(i))
+                self._watch(i)
         return positions
 
-    def _hook(self, position: int) -> Callable[[Tensor], None]:
-        return lambda parameter: self._gradient_ready(position)
+    def _watch(self, position: int) -> None:
+        reducer = weakref.ref(self)  # an optimizer thrown away must not go on reducing
+
+        def hook(parameter: Tensor) -> None:
+            alive = reducer()
+            if alive is not None:
+                alive._gradient_ready(position)
+
+        parameter = self._parameters[position]
+        before = _watching.pop(id(parameter), None)
+        if before is not None:
+            before.remove()
+        _watching[id(parameter)] = parameter.register_post_accumulate_grad_hook(hook)
 
     def _open(self) -> None:
         positions = self._trainable()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,7 +70,7 @@ def control(process_set: RankSet | None = None) -> Transport:
 
 def elastic() -> bool:
     """Whether ranks may come and go in this job (``horovodrun --min-np``)."""
-    return os.environ.get("HOROVOD_ELASTIC") == "1"
+    return world().launch.elastic
 
 
 def _gather(vector: np.ndarray, process_set: RankSet | None) -> np.ndarray:

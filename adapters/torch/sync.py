@@ -16,10 +16,11 @@ from hvdscale.sync import EveryStep, Reduction
 from hvdscale.torch import amp
 from hvdscale.torch.adasum import check_adasum
 from hvdscale.torch.broadcast import broadcast_optimizer_state, broadcast_parameters
-from hvdscale.torch.distributed import DistributedMixin, Terms, distribute
+from hvdscale.torch.distributed import DistributedMixin, distribute
 from hvdscale.torch.gradients import HOROVOD_OPS
 from hvdscale.torch.names import names_by_id, parameter_names
 from hvdscale.torch.runtime import world
+from hvdscale.torch.steps import Terms
 
 __all__ = ["DistributedOptimizer"]
 

@@ -75,7 +75,7 @@ def test_half_precision_is_computed_in_float32(hvd: Any, rank: int, size: int) -
         output = mode(part(rank, 0, False, 4, torch.bfloat16))
         assert output.dtype == torch.bfloat16
         mean = hvd.allreduce(output.float().mean((0, 2, 3)))
-        torch.testing.assert_close(mean, torch.zeros(CHANNELS), rtol=0, atol=2e-2)
+        torch.testing.assert_close(mean, torch.zeros(CHANNELS), rtol=0, atol=5e-2)
 
 
 def test_shapes_that_cannot_be(hvd: Any) -> None:

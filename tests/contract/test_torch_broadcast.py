@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tests.contract.driver import ContractDriver
-from tests.contract.test_torch_optimizer import assert_same_everywhere
+from tests.contract.torch_network import assert_same_everywhere
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1),

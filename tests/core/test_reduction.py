@@ -1,0 +1,75 @@
+"""How gradients become one: arguments checked once, buckets cut the same on every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvdscale.errors import PlanError
+from hvdscale.sync import EveryStep, Reduction
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        ({"op": "max"}, "op must be Average, Sum or Adasum, got 'max'"),
+        ({"passes": 0}, "whole number > 0, got 0"),
+        ({"passes": 1.5}, "whole number > 0, got 1.5"),
+        ({"predivide": 0.0}, "must be > 0, got 0.0"),
+        ({"predivide": -2.0}, "must be > 0, got -2.0"),
+        ({"predivide": float("nan")}, "must be > 0, got nan"),
+        ({"predivide": 2.0, "op": "sum"}, "with op=sum there is none to split"),
+        ({"predivide": 2.0, "op": "adasum"}, "with op=adasum there is none to split"),
+        ({"groups": 0}, "number of groups > 0"),
+        ({"groups": ((0, 1), (1, 2))}, "one group only"),
+        ({"groups": ((0, 0),)}, "one group only"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be(arguments: dict[str, Any], rule: str) -> None:
+    with pytest.raises(PlanError, match=rule):
+        Reduction(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("groups", "positions", "buckets"),
+    [
+        (None, [0, 1, 2], [[0], [1], [2]]),
+        (1, [0, 1, 2], [[0, 1, 2]]),
+        (2, [0, 1, 2, 3], [[0, 1], [2, 3]]),
+        (2, [0, 1, 2], [[0], [1, 2]]),
+        (9, [0, 1], [[0], [1]]),
+        (2, [], []),
+        (((0, 2), (1,)), [0, 1, 2, 3], [[0, 2], [1], [3]]),
+        (((0, 2), (1,)), [2, 3], [[2], [3]]),
+        (((2, 0),), [0, 1, 2], [[2, 0], [1]]),
+    ],
+)
+def test_buckets(groups: Any, positions: list[int], buckets: list[list[int]]) -> None:
+    assert [b for b in Reduction(groups=groups).buckets(positions) if b] == buckets
+
+
+@given(count=st.integers(1, 50), positions=st.sets(st.integers(0, 99)))
+def test_a_number_of_groups_cuts_evenly_and_loses_nothing(count: int, positions: set[int]) -> None:
+    ordered = sorted(positions)
+    buckets = [b for b in Reduction(groups=count).buckets(ordered) if b]
+    assert [p for bucket in buckets for p in bucket] == ordered
+    assert len(buckets) == min(count, len(ordered))
+    sizes = {len(bucket) for bucket in buckets}
+    assert not sizes or max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("predivide", [1.0, 4.0, 0.5])
+def test_scales_undo_each_other(predivide: float) -> None:
+    before, after = Reduction(predivide=predivide).scales()
+    assert before * after == 1.0
+    assert before == 1 / predivide
+
+
+def test_who_updates() -> None:
+    assert EveryStep() == EveryStep(update="local")
+    with pytest.raises(PlanError, match="takes 'local' in this version, got 'central'"):
+        EveryStep(update="central")
