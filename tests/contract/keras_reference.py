@@ -55,7 +55,7 @@ def plain_weights(optimizer: Any, batches: Sequence[Batch], start: Weights) -> W
     model = network(start)
     # Built first: inside a compiled step, optimizers that start from the weights would start from zeros.
     optimizer.build(model.trainable_variables)
-    fit(model, optimizer, batches)
+    fit(model, optimizer, batches, run_eagerly=True)  # no graph to trace for a few steps
     return weights_of(model)
 
 
