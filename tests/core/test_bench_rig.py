@@ -64,15 +64,20 @@ def test_bytes_are_read_from_the_kernels_table() -> None:
 SEND = "import socket; s = socket.create_connection(('10.77.0.2', 22)); s.sendall(b'x' * 100_000)"
 
 
-def test_a_rig_runs_and_is_gone_or_says_what_it_lacks() -> None:
-    """The same promise with root and without; however the rig is left, nothing stays."""
-    lack = missing()
-    before = namespaces() if lack is None else []
-    with pytest.raises(RigError if lack else KeyboardInterrupt, match=lack and re.escape(lack)), Rig(2, 100) as rig:
+def use_and_leave() -> None:
+    with Rig(hosts=2, rate_mbit=100) as rig:
         assert rig.run(0, "hostname") != rig.run(1, "hostname")
         rig.run(0, sys.executable, "-c", SEND)
         assert rig.bytes_sent()[0] >= 100_000
         raise KeyboardInterrupt
+
+
+def test_a_rig_runs_and_is_gone_or_says_what_it_lacks() -> None:
+    """The same promise with root and without; however the rig is left, nothing stays."""
+    lack = missing()
+    before = namespaces() if lack is None else []
+    with pytest.raises(RigError if lack else KeyboardInterrupt, match=lack and re.escape(lack)):
+        use_and_leave()
     assert before == (namespaces() if lack is None else [])
 
 
