@@ -38,8 +38,7 @@ def python(code: str, **env: str) -> Process:
 
 def leaving(*steps: float, weights: Sequence[str | None] | None = None) -> Variant:
     """A variant whose rank r leaves the result ``steps[r]`` and ``weights[r]``."""
-    code = "from ci.bench.local import local_variants, settings_to_try
-from ci.bench.workers.ranks import leave_result; leave_result({}, {!r}, step={})"
+    code = "from ci.bench.workers.ranks import leave_result; leave_result({}, {!r}, step={})"
     processes = (python(code.format(r, weights[r] if weights else None, s)) for r, s in enumerate(steps))
     return Variant("ours", "ours", len(steps), tuple(processes))
 
@@ -156,8 +155,7 @@ def test_a_launch_starts_clean_of_an_outer_job(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
     monkeypatch.setenv("HOROVOD_CYCLE_TIME", "9")
     code = (
-        "import os; from ci.bench.local import local_variants, settings_to_try
-from ci.bench.workers.ranks import leave_result;"
+        "import os; from ci.bench.workers.ranks import leave_result;"
         "names = {'OMPI_COMM_WORLD_RANK', 'HOROVOD_CYCLE_TIME', 'MINE'};"
         "leave_result(0, step=len(names & set(os.environ)))"
     )
