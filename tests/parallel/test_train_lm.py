@@ -13,7 +13,7 @@ from tests.launcher import Finished, launch
 
 MODEL = ("--layers", "2", "--width", "32", "--heads", "2", "--context", "32")
 STEPS = ("--steps", "50", "--warmup", "5", "--eval-every", "25")
-DEADLINE_SECONDS = 240
+DEADLINE_SECONDS = 400
 BACKENDS = ("torch", "tensorflow")
 
 
@@ -89,7 +89,9 @@ def test_learns_and_reports(script: str, backend: str, launcher: str, flags: tup
     assert len(list(logs.glob("events.out.tfevents.*"))) == 1  # rank 0 alone writes
     assert output.count("held-out loss") == 4  # and it alone prints: three evaluations and the summary
     assert "Traceback" not in output
-    assert "WARNING" not in output
+    # horovodrun itself imports TensorFlow; it marks what the ranks write with "[1,rank]".
+    written = [line for line in output.splitlines() if launcher != "horovodrun" or line.startswith("[1,")]
+    assert not [line for line in written if "WARNING" in line]
 
 
 @pytest.mark.parametrize(
