@@ -19,5 +19,4 @@ inner = {
 setup(
     packages=[*find_packages(include=["hvdscale", "hvdscale.*"]), *packages, *inner],
     package_dir={**packages, **inner},
-    package_data={"hvdscale": ["py.typed"]},
 )

@@ -1,8 +1,10 @@
 """Horovod for Keras 3, made right, on the TensorFlow and PyTorch backends: every public name of ``horovod.keras``."""
 
+from hvdscale.keras.backend import verbs  # first: it imports Keras quietly
+
+# isort: split
 from hvdscale.errors import BuildError, DesyncError, HvdscaleError, PlanError, StateError, TransportError, WorldError
 from hvdscale.keras import callbacks, elastic
-from hvdscale.keras.backend import verbs
 from hvdscale.keras.batch_norm import SyncBatchNormalization
 from hvdscale.keras.optimizer import DistributedOptimizer, PartialDistributedOptimizer
 from hvdscale.keras.replicas import broadcast_variables

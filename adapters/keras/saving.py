@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import h5py
 import keras
+from keras.src.legacy.saving.legacy_h5_format import load_optimizer_weights_from_hdf5_group
 
-from hvdscale.errors import PlanError
+from hvdscale.errors import PlanError, StateError
 from hvdscale.keras.backend import verbs
 from hvdscale.keras.optimizer import DistributedOptimizer
 
@@ -37,11 +40,32 @@ def load_model(
 
     Raises:
         PlanError: ``legacy_opts=True``.
+        StateError: an ``.h5`` file whose optimizer state does not fit the model.
     """
     if legacy_opts:
         raise PlanError("Keras 3 has no keras.optimizers.legacy. Leave legacy_opts out.")
     known = {cls.__name__: cls for cls in custom_optimizers or ()}
     model = keras.models.load_model(filepath, custom_objects={**known, **(custom_objects or {})})
     if getattr(model, "optimizer", None) is not None:
+        if Path(str(filepath)).suffix in (".h5", ".hdf5"):
+            _restore_optimizer(model, filepath)
         DistributedOptimizer(model.optimizer, compression=compression)
     return model
+
+
+def _restore_optimizer(model: Any, filepath: Any) -> None:
+    """Give the model the optimizer state of an ``.h5`` file, which Keras 3 builds for no variables and so loses."""
+    with h5py.File(filepath, "r") as file:
+        if "optimizer_weights" not in file:
+            return
+        values = [value[()] for value in load_optimizer_weights_from_hdf5_group(file)]
+    optimizer = type(model.optimizer).from_config(model.optimizer.get_config())
+    optimizer.build(model.trainable_variables)
+    if [tuple(v.shape) for v in optimizer.variables] != [tuple(v.shape) for v in values]:
+        raise StateError(
+            f"{filepath} holds {len(values)} optimizer variables, and {optimizer.name} has "
+            f"{len(optimizer.variables)} for this model, or their shapes differ. Save it as .keras instead."
+        )
+    for variable, value in zip(optimizer.variables, values, strict=True):
+        variable.assign(value)
+    model.optimizer = optimizer

@@ -55,7 +55,7 @@ from horovod.tensorflow.util import refs_to_vars, vars_to_refs
 
 from hvdscale.errors import BuildError, DesyncError, HvdscaleError, PlanError, StateError, TransportError, WorldError
 from hvdscale.sync import EveryStep
-from hvdscale.tensorflow import elastic
+from hvdscale.tensorflow import compression, elastic, functions, gradient_aggregation, mpi_ops, sync_batch_norm
 from hvdscale.tensorflow.batch_norm import SyncBatchNormalization
 from hvdscale.tensorflow.broadcast import (
     BroadcastGlobalVariablesHook,
@@ -115,15 +115,18 @@ __all__ = [
     "broadcast_variables",
     "ccl_built",
     "check_num_rank_power_of_2",
+    "compression",
     "cross_rank",
     "cross_size",
     "cuda_built",
     "ddl_built",
     "elastic",
+    "functions",
     "global_process_set",
     "gloo_built",
     "gloo_enabled",
     "gpu_available",
+    "gradient_aggregation",
     "grouped_allgather",
     "grouped_allreduce",
     "grouped_reducescatter",
@@ -138,6 +141,7 @@ __all__ = [
     "local_size_op",
     "mpi_built",
     "mpi_enabled",
+    "mpi_ops",
     "mpi_threads_supported",
     "nccl_built",
     "process_set_included_op",
@@ -153,6 +157,7 @@ __all__ = [
     "size_op",
     "start_timeline",
     "stop_timeline",
+    "sync_batch_norm",
     "vars_to_refs",
     "world",
 ]

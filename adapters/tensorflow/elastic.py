@@ -92,7 +92,7 @@ class TensorFlowKerasState(ObjectState):
         super().sync()
 
     def _save_model(self) -> None:
-        self._saved = [np.array(tf.convert_to_tensor(v)) for v in self._tracked()]
+        self._saved = [tf.convert_to_tensor(v).numpy().copy() for v in self._tracked()]
 
 
 class TensorFlowState(ObjectState):
@@ -145,6 +145,6 @@ class TensorFlowState(ObjectState):
 
     def _save_model(self) -> None:
         if self.session is None:
-            self._saved = [np.array(tf.convert_to_tensor(v)) for v in self.variables]
+            self._saved = [tf.convert_to_tensor(v).numpy().copy() for v in self.variables]
         else:
             self._saved = self.session.run(self.variables)

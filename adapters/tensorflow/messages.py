@@ -11,7 +11,7 @@ from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
 
 from hvdscale.errors import PlanError
 from hvdscale.tensorflow.runtime import world
-from hvdscale.tensorflow.wire import Compression, as_tensor, by_dtype, from_wire, to_wire
+from hvdscale.tensorflow.wire import Compression, as_tensor, by_dtype, from_wire, to_wire, wire_dtype
 
 __all__ = ["check_adasum", "exchanges", "gather_rows", "gather_slices", "reduce_dense"]
 
@@ -115,7 +115,8 @@ def gather_rows(
 def _scaled(values: tf.Tensor, average: bool, scale: float, process_set: ProcessSet) -> tf.Tensor:
     if not average and scale == 1.0:
         return values
-    wide = to_wire(values) * tf.cast(scale, to_wire(values).dtype)
+    wide = tf.cast(values, wire_dtype(values.dtype))
+    wide *= tf.cast(scale, wide.dtype)
     if average:  # the size is asked for when the graph runs: an elastic world may have changed by then
         wide /= tf.cast(_ops.size_op(process_set.process_set_id), wide.dtype)
     return from_wire(wide, values.dtype)

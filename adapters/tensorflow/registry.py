@@ -17,7 +17,8 @@ from hvdscale.tensorflow.runtime import control, world
 __all__ = ["agree_on", "describe", "stable_name"]
 
 # Keras numbers layers of a class in order of creation: "dense_1" is "dense" where one model less was built.
-_AUTOMATIC_NUMBER = re.compile(r"_\d+(?=/|$)")
+# An optimizer's "sgd/sequential_2_dense_1_kernel_momentum" holds such names in the middle.
+_AUTOMATIC_NUMBER = re.compile(r"_\d+(?=[/_]|$)")
 
 
 def stable_name(variable: Any) -> str:

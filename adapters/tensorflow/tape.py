@@ -9,6 +9,7 @@ import tensorflow as tf
 from horovod.tensorflow.mpi_ops import Average, ProcessSet, global_process_set
 
 from hvdscale.errors import PlanError
+from hvdscale.sync import EveryStep
 from hvdscale.tensorflow.gradients import GradientSync, Groups
 from hvdscale.tensorflow.wire import Compression
 
@@ -32,6 +33,7 @@ class DistributedGradientTape(tf.GradientTape):
         num_groups: the older name of a number of groups.
         groups: number of messages, or lists of variables that travel together. Default: one message per dtype.
         process_set: ranks to reduce over.
+        sync: when ranks agree; ``EveryStep()`` is what a tape can do, and the default.
         scale_local_gradients: divide gradients of local sources by the number of ranks, so that they weigh
             as much against the shared ones as in training on one rank with the whole batch.
 
@@ -52,7 +54,13 @@ class DistributedGradientTape(tf.GradientTape):
         groups: Groups = None,
         process_set: ProcessSet = global_process_set,
         scale_local_gradients: bool = True,
+        *,
+        sync: EveryStep | None = None,
     ) -> None:
+        if sync is not None and not isinstance(sync, EveryStep):
+            raise PlanError(
+                f"sync takes EveryStep() on a tape, which reduces every gradient it is asked for; got {sync!r}."
+            )
         if isinstance(gradtape, DistributedGradientTape):
             raise PlanError("This tape is distributed already: its gradients would be reduced twice. Wrap it once.")
         self._given = gradtape

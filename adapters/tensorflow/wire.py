@@ -20,9 +20,16 @@ def wire_dtype(dtype: tf.DType) -> tf.DType:
 
 
 def to_wire(tensor: Any) -> tf.Tensor:
-    """``tensor`` (a Keras variable, an array and a number too) in its ``wire_dtype``."""
+    """``tensor`` (a Keras variable, an array and a number too) in its ``wire_dtype``, ready to be sent.
+
+    In a graph it is hidden from constant folding: Horovod's operations look pure to TensorFlow, which would
+    run those on constants while it optimises the graph, on each rank in an order of its own.
+    """
     tensor = as_tensor(tensor)
-    return tf.cast(tensor, wire_dtype(tensor.dtype))
+    tensor = tf.cast(tensor, wire_dtype(tensor.dtype))
+    if tf.executing_eagerly():
+        return tensor
+    return tf.compat.v1.placeholder_with_default(tensor, tensor.shape)
 
 
 def from_wire(tensor: tf.Tensor, dtype: tf.DType) -> tf.Tensor:

@@ -6,7 +6,7 @@ python -m ci.bench.tensorflow_step [--quick] [--json FILE]
 from __future__ import annotations
 
 from ci.bench.harness import Target, arguments, finish, interleave
-from ci.bench.local import local_variants
+from ci.bench.local import local_variants, settings_to_try
 
 RANKS = 2
 ROLES = {"independent": "limit", "strategy": "peer", "horovod": "peer", "hvdscale": "ours"}
@@ -24,8 +24,19 @@ TARGETS = (
 
 
 def main() -> int:
-    options = arguments(__doc__ or "", rounds=4, steps=20, quick=(1, 8)).parse_args()
-    variants, note = local_variants("ci.bench.workers.tensorflow_step", RANKS, ROLES, NAMES, options.steps)
+    parser = arguments(__doc__ or "", rounds=4, steps=20, quick=(1, 8))
+    parser.add_argument(
+        *("--also", "-a"),
+        action="append",
+        default=[],
+        type=settings_to_try,
+        metavar="NAME=VALUE,...",
+        help="one more variant of hvdscale, with these settings; may be given several times",
+    )
+    options = parser.parse_args()
+    variants, note = local_variants(
+        "ci.bench.workers.tensorflow_step", RANKS, ROLES, NAMES, options.steps, options.also
+    )
     results = interleave(variants, options.rounds, options.deadline)
     return finish("GPT training step in TensorFlow, 2 ranks on one host", results, TARGETS, options, [note])
 

@@ -6,22 +6,32 @@ python -m ci.bench.torch_step [--quick] [--json FILE]
 from __future__ import annotations
 
 from ci.bench.harness import Target, arguments, finish, interleave
-from ci.bench.local import local_variants
+from ci.bench.local import local_variants, settings_to_try
 
 RANKS = 2
-ROLES = {"independent": "limit", "ddp": "peer", "horovod": "peer", "hvdscale": "ours"}
+ROLES = {"independent": "limit", "ddp": "peer", "horovod": "peer", "hvdscale": "ours", "hvdscale-grouped": "peer"}
 NAMES = {
     "independent": "no communication",
     "ddp": "torch DDP (gloo)",
     "horovod": "stock Horovod",
     "hvdscale": "hvdscale",
+    "hvdscale-grouped": "hvdscale, one group",
 }
 TARGETS = (Target("no communication", 0.95), Target("torch DDP (gloo)", 1.0), Target("stock Horovod", 1.5))
 
 
 def main() -> int:
-    options = arguments(__doc__ or "", rounds=5, steps=20, quick=(1, 12)).parse_args()
-    variants, note = local_variants("ci.bench.workers.torch_step", RANKS, ROLES, NAMES, options.steps)
+    parser = arguments(__doc__ or "", rounds=5, steps=20, quick=(1, 12))
+    parser.add_argument(
+        *("--also", "-a"),
+        action="append",
+        default=[],
+        type=settings_to_try,
+        metavar="NAME=VALUE,...",
+        help="one more variant of hvdscale, with these settings; may be given several times",
+    )
+    options = parser.parse_args()
+    variants, note = local_variants("ci.bench.workers.torch_step", RANKS, ROLES, NAMES, options.steps, options.also)
     results = interleave(variants, options.rounds, options.deadline)
     return finish("GPT training step in torch, 2 ranks on one host", results, TARGETS, options, [note])
 

@@ -38,7 +38,8 @@ _TOOLS = {
     "unshare": "util-linux",
 }
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-_PRIVILEGE_FOLDER = Path("/run/sshd")  # sshd insists that this empty folder exists
+# sshd insists on an empty folder /run/sshd: give it one that only its own mount namespace sees.
+_OWN_RUN = "mount -t tmpfs hvdrig /run && mkdir -m 755 /run/sshd && "
 
 
 class RigError(RuntimeError):
@@ -154,9 +155,6 @@ class Rig:
         folder = self._folder
         for key in ("host_key", "user_key"):
             _do("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key))
-        if not _PRIVILEGE_FOLDER.exists():
-            _PRIVILEGE_FOLDER.mkdir(mode=0o755)
-            self._stack.callback(_PRIVILEGE_FOLDER.rmdir)
         (folder / "ssh_config").write_text(
             f"IdentityFile {folder}/user_key\nIdentitiesOnly yes\nBatchMode yes\nConnectTimeout 10\n"
             "StrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\n"
@@ -170,7 +168,7 @@ class Rig:
             )
             daemon = (str(shutil.which("sshd", path=_PATH)), "-D", "-e", "-f", str(config))
             with (folder / f"sshd-{i + 1}.log").open("wb") as log:
-                self._daemons.append(subprocess.Popen(self._inside(i, daemon), stdout=log, stderr=log))
+                self._daemons.append(subprocess.Popen(self._inside(i, daemon, first=_OWN_RUN), stdout=log, stderr=log))
         self._stack.callback(self._end_ssh)
         for i in range(self.hosts):
             self._await_ssh(i)
@@ -188,9 +186,9 @@ class Rig:
             daemon.kill()
             daemon.wait()
 
-    def _inside(self, host: int, command: Sequence[str]) -> tuple[str, ...]:
+    def _inside(self, host: int, command: Sequence[str], first: str = "") -> tuple[str, ...]:
         """``command`` on this host, under a host name of its own: MPI takes equal names for one host."""
-        rename = f'hostname "{self.namespace(host)}" && exec "$@"'
+        rename = f'{first}hostname "{self.namespace(host)}" && exec "$@"'
         return ("ip", "netns", "exec", self.namespace(host), "unshare", "--uts", "sh", "-c", rename, "sh", *command)
 
     def run(self, host: int, *command: str, timeout_seconds: float = 60) -> str:

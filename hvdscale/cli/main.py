@@ -29,13 +29,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HvdscaleError as error:
         print(f"hvdscale: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("hvdscale: interrupted", file=sys.stderr)
-        return _INTERRUPTED
     except BrokenPipeError:
         # The reader (`| head`) has left; Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        print(f"hvdscale: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("hvdscale: interrupted", file=sys.stderr)
+        return _INTERRUPTED
     return code
 
 

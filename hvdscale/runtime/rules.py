@@ -7,24 +7,39 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["RING_FROM_BYTES", "rules_path", "rules_text", "write_rules"]
+__all__ = ["ring_from_bytes", "rules_path", "rules_text", "write_rules"]
 
-RING_FROM_BYTES = 64 * 1024
+# Numbers of Open MPI 4.1: collective 2 is all-reduce. Recursive doubling sends the fewest messages. Halving and
+# doubling (Rabenseifner) sends fewer bytes in a few more messages, but both ways between the same two ranks at
+# once: over TCP it took twice the ring's time. The ring sends the fewest bytes, one way round, in the most messages.
+_ALLREDUCE = 2
+_RECURSIVE_DOUBLING, _RING, _HALVING_AND_DOUBLING = 3, 4, 6
 
-# Numbers of Open MPI 4.1: collective 2 is all-reduce; algorithm 3 recursive doubling (fewest messages),
-# 4 the ring (fewest bytes, each host adds up only its share).
-_ALLREDUCE, _RECURSIVE_DOUBLING, _RING = 2, 3, 4
+_HALVING_FROM_BYTES = 32 * 1024
+_RING_SHARE_BYTES = 32 * 1024
+_RANKS = (2, 4, 8, 16, 32, 64, 128, 256)
+
+
+def ring_from_bytes(ranks: int) -> int:
+    """The message from which the ring is worth its 2(n-1) messages: every rank's share is then 32 KiB or more."""
+    return ranks * _RING_SHARE_BYTES
 
 
 def rules_text() -> str:
-    """The rules: recursive doubling for small messages, from ``RING_FROM_BYTES`` on the ring.
+    """The rules, a table for each number of ranks from which it holds.
 
     The format is a count before each list: collectives, communicator sizes, message sizes. A line for a message
     size reads ``<from bytes> <algorithm> <topology> <segment bytes>``; zeros leave the choice to Open MPI.
     """
-    by_size = (f"0 {_RECURSIVE_DOUBLING} 0 0", f"{RING_FROM_BYTES} {_RING} 0 0")
-    from_ranks = 2
-    return "\n".join(map(str, (1, _ALLREDUCE, 1, from_ranks, len(by_size), *by_size))) + "\n"
+    lines: list[object] = [1, _ALLREDUCE, len(_RANKS)]
+    for ranks in _RANKS:
+        by_size = {
+            0: _RECURSIVE_DOUBLING,
+            _HALVING_FROM_BYTES: _HALVING_AND_DOUBLING,
+            ring_from_bytes(ranks): _RING,
+        }
+        lines += [ranks, len(by_size), *(f"{size} {algorithm} 0 0" for size, algorithm in by_size.items())]
+    return "\n".join(map(str, lines)) + "\n"
 
 
 def rules_path(env: Mapping[str, str] | None = None) -> Path:

@@ -82,8 +82,8 @@ def choose_settings(launch: Launch, cores: int, own: int | None = None) -> tuple
         why = "a waiting rank gives its core to one that computes, instead of spinning on it"
         chosen.append(Setting(f"{_MCA}mpi_yield_when_idle", "1", why))
         why = (
-            f"all-reduces from {rules.RING_FROM_BYTES // 1024} KiB go round the ring, which sends the fewest bytes "
-            "and adds each number up once; smaller ones take the fewest messages"
+            f"all-reduces from {rules.ring_from_bytes(launch.size) // 1024} KiB go round the ring, which sends the "
+            "fewest bytes and loads every link alike; smaller ones take fewer messages"
         )
         for name, value in zip(_ALLREDUCE_CHOICE, ("1", str(rules.rules_path())), strict=True):
             chosen.append(Setting(name, value, why))

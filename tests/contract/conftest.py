@@ -44,18 +44,6 @@ def size(hvd: Any) -> int:
     return hvd.size()
 
 
-@pytest.fixture
-def last_rank_alone(driver: Any) -> Iterator[Any]:
-    """A process set of the last rank (of all ranks when there is one)."""
-    hvd = driver.hvd
-    if hvd.size() == 1:
-        yield hvd.global_process_set
-        return
-    members = hvd.add_process_set([hvd.size() - 1])
-    yield members
-    hvd.remove_process_set(members)
-
-
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """A failing test ends the job at once: after it, ranks would no longer meet in the same collectives."""

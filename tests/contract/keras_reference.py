@@ -45,7 +45,7 @@ def all_batches(steps: int, ranks: Sequence[int] | None = None, size: int = 8) -
 def fit(model: Any, optimizer: Any, batches: Sequence[Batch], **compile_arguments: Any) -> Any:
     """Train with ``model.fit``, one step a batch, in order; returns the history."""
     if getattr(model, "optimizer", None) is None:
-        model.compile(optimizer, "mse", **compile_arguments)
+        model.compile(optimizer, keras.losses.MeanSquaredError(), **compile_arguments)
     x, y = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     return model.fit(x, y, batch_size=len(batches[0][0]), shuffle=False, verbose=0)
 
@@ -55,7 +55,7 @@ def plain_weights(optimizer: Any, batches: Sequence[Batch], start: Weights) -> W
     model = network(start)
     # Built first: inside a compiled step, optimizers that start from the weights would start from zeros.
     optimizer.build(model.trainable_variables)
-    fit(model, optimizer, batches)
+    fit(model, optimizer, batches, run_eagerly=True)  # no graph to trace for a few steps
     return weights_of(model)
 
 

@@ -40,8 +40,11 @@ DIFFER = {("allreduce", "average")}
 
 
 def _names(tree: ast.Module) -> set[str]:
+    """``__all__`` where there is one; otherwise what is defined or imported."""
     found: set[str] = set()
     for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
         if isinstance(node, ast.Import | ast.ImportFrom):
             found |= {alias.asname or alias.name for alias in node.names}
         elif isinstance(node, ast.FunctionDef | ast.ClassDef):

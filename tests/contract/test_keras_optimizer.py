@@ -111,9 +111,16 @@ def test_loops_of_your_own(driver: ContractDriver, loop: str, passes: int) -> No
     assert_close(weights_of(model), plain_weights(SGD(0.1, momentum=0.9), joined, START))
 
 
-@pytest.mark.parametrize("kind", ["sgd", "momentum", "adam"])
-@pytest.mark.parametrize("average", [False, True])
-@pytest.mark.parametrize("way", ["graph", "eager"])
+@pytest.mark.parametrize(
+    ("kind", "average", "way"),
+    [
+        ("sgd", False, "graph"),
+        ("adam", False, "graph"),
+        ("adam", True, "graph"),
+        ("momentum", True, "eager"),
+        ("adam", False, "eager"),
+    ],
+)
 def test_backward_passes_add_up(driver: ContractDriver, kind: str, average: bool, way: str) -> None:
     passes, steps = 2, 6
     model = network(START)

@@ -70,7 +70,8 @@ def test_plain_keras_reads_it(driver: ContractDriver, tmp_path: Path, suffix: st
     plain = keras.models.load_model(path)
     assert type(plain.optimizer) is type(Adam(0.01))
     driver.hvd.DistributedOptimizer(plain.optimizer)  # it was not distributed
-    assert plain.optimizer.get_config() == model.optimizer.get_config()
+    ours, theirs = model.optimizer.get_config(), plain.optimizer.get_config()
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("kind", [Halved, Registered])

@@ -87,8 +87,8 @@ def test_broadcast_variables_of_every_dtype(driver: ContractDriver) -> None:
     variables = [
         keras.Variable(np.full((2, 2), rank + 0.5), dtype=dtype) for dtype in ("float32", "bfloat16", "float16")
     ]
-    variables += [keras.Variable(rank, dtype=dtype) for dtype in ("int32", "int64", "uint8")]
-    variables.append(keras.Variable(rank == 0, dtype="bool"))
+    variables += [keras.Variable(rank, dtype=dtype, trainable=False) for dtype in ("int32", "int64", "uint8")]
+    variables.append(keras.Variable(rank == 0, dtype="bool", trainable=False))
     variables.append(keras.Variable(np.zeros((0, 3), np.float32)))
     driver.hvd.broadcast_variables(variables, root_rank=0)
     for variable, expected in zip(variables, [0.5, 0.5, 0.5, 0, 0, 0, True, 0.0], strict=True):
@@ -160,6 +160,8 @@ def test_elastic_run_goes_back_to_the_last_commit(driver: ContractDriver) -> Non
     assert resets == [2]
     start = oracle.initial_weights(100)  # the first rank's
     assert_close(weights_of(model), plain_weights(SGD(0.1), all_batches(4), start))
+    hvd.shutdown()
+    driver.init()  # process sets end with a reset
 
 
 def test_elastic_callbacks_keep_count(driver: ContractDriver) -> None:

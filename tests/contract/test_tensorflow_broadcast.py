@@ -99,6 +99,14 @@ def test_different_models_are_an_error_on_every_rank(driver: Driver, what: str, 
     assert len(set(hvd.allgather_object(str(caught.value)))) == 1
 
 
+def test_inside_a_process_set(driver: Driver) -> None:
+    variable = tf.Variable([hvd.rank() + 1.0])
+    members = range(0, hvd.size(), 2)
+    if hvd.rank() in members:
+        hvd.broadcast_variables([variable], members[-1], process_set=driver.even_ranks)
+    assert variable.numpy() == [(members[-1] if hvd.rank() in members else hvd.rank()) + 1.0]
+
+
 @pytest.mark.parametrize("root", [-1, 1000])
 def test_the_root_must_be_a_rank(driver: Driver, root: int) -> None:
     with pytest.raises(hvd.PlanError, match="root_rank"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import keras
 import numpy as np
 import pytest
@@ -44,6 +46,15 @@ def test_a_state_of_variables_saves_restores_and_syncs(driver: Driver) -> None:
     assert variables[0].numpy()[0] == 10.0
 
 
+@pytest.fixture
+def joined_again(driver: Driver) -> Iterator[None]:
+    """Leave the job as the other tests want it: with their process set."""
+    yield
+    hvd.shutdown()
+    driver.init()
+
+
+@pytest.mark.usefixtures("joined_again")
 def test_training_starts_again_from_the_last_commit(driver: Driver) -> None:
     weight = tf.Variable(0.0)
     state = hvd.elastic.TensorFlowState([weight], step=0, failures=0)

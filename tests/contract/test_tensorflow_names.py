@@ -2,40 +2,69 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from types import ModuleType
 from typing import Any
 
 import horovod.tensorflow
-import horovod.tensorflow.elastic
 import pytest
 import tensorflow as tf
 
 import hvdscale.tensorflow
-import hvdscale.tensorflow.elastic
 
-# Modules Horovod imports for itself, and helpers of its own start-up, are no names of its interface.
-NOT_PUBLIC = {"check_extension", "split_list"}
+MODULES = ["", ".elastic", ".mpi_ops", ".compression", ".functions", ".sync_batch_norm", ".gradient_aggregation"]
+
+# Modules whose every name a script may take; of the others, only what they define.
+GATHERING = ("horovod.tensorflow", "horovod.tensorflow.elastic", "horovod.tensorflow.mpi_ops")
+
+# What Horovod needs to start up and to build.
+WIRING = {
+    "MPI_LIB",
+    "check_extension",
+    "check_installed_version",
+    "get_average_backwards_compatibility_fun",
+    "get_ext_suffix",
+    "num_rank_is_power_2",
+    "run_fn",
+    "split_list",
+}
 
 
 def public(module: ModuleType) -> list[str]:
+    """Names of a module that a script may use; objects of TensorFlow or of other parts of Horovod are none."""
+
+    def counts(value: Any) -> bool:
+        if inspect.ismodule(value):
+            return False
+        return module.__name__ in GATHERING or getattr(value, "__module__", None) == module.__name__
+
     listed = getattr(module, "__all__", None) or [n for n in vars(module) if not n.startswith("_")]
-    return sorted(n for n in listed if not isinstance(getattr(module, n), ModuleType) and n not in NOT_PUBLIC)
+    return sorted(n for n in listed if n not in WIRING and counts(getattr(module, n)))
 
 
-TABLE = [
-    *((horovod.tensorflow, hvdscale.tensorflow, n) for n in public(horovod.tensorflow)),
-    *((horovod.tensorflow.elastic, hvdscale.tensorflow.elastic, n) for n in public(horovod.tensorflow.elastic)),
-]
+TABLE = [(m, n) for m in MODULES for n in public(importlib.import_module(f"horovod.tensorflow{m}"))]
 
 
-@pytest.mark.parametrize(("theirs", "ours", "name"), TABLE, ids=lambda v: v if isinstance(v, str) else "")
-def test_name_and_signature(theirs: ModuleType, ours: ModuleType, name: str) -> None:
-    a, b = getattr(theirs, name), getattr(ours, name)
+def test_the_list_is_horovods() -> None:
+    names = {name for module, name in TABLE if not module}
+    assert {"DistributedGradientTape", "allreduce", "rank_op", "Average", "SyncBatchNormalization"} <= names
+    assert {("." + m.split(".")[1]) for m, _ in TABLE if m} == set(MODULES[1:])
+
+
+@pytest.mark.parametrize(("module", "name"), TABLE, ids=lambda value: value or "horovod.tensorflow")
+def test_name_and_signature(module: str, name: str) -> None:
+    ours = importlib.import_module(f"hvdscale.tensorflow{module}")
+    theirs = getattr(importlib.import_module(f"horovod.tensorflow{module}"), name)
     assert name in ours.__all__
-    assert callable(a) == callable(b)
-    if callable(a):
-        assert not missing(a, b)
+    assert callable(theirs) == callable(getattr(ours, name))
+    if callable(theirs):
+        assert not missing(theirs, getattr(ours, name))
+
+
+def test_submodules_are_attributes() -> None:
+    assert all(inspect.ismodule(getattr(hvdscale.tensorflow, m[1:])) for m in MODULES[1:])
+    assert sorted(hvdscale.tensorflow.__all__) == hvdscale.tensorflow.__all__
 
 
 METHODS = ["gradient", "register_local_source", "get_local_and_global_gradients"]

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 import hvdscale.tensorflow as hvd
 from tests.contract import oracle
-from tests.contract.drivers.tensorflow import Distributed, Driver
+from tests.contract.drivers.tensorflow import Driver
 
 STEPS = 4
 
@@ -43,7 +43,7 @@ def test_training_equals_the_oracle(driver: Driver, name: str, mode: str) -> Non
     start = oracle.initial_weights()
     model = driver.model(start)
     update = oracle.sgd(0.05)
-    distributed = Distributed(keras.optimizers.SGD(0.05), arguments(model.trainable_variables))
+    distributed = driver.distribute(keras.optimizers.SGD(0.05), model, **arguments(model.trainable_variables))
     step = driver.step if mode == "eager" else tf.function(driver.step)
     expected = start
     for number in range(STEPS):
@@ -198,12 +198,21 @@ def test_empty_variables_and_mixed_dtypes(driver: Driver, mode: str) -> None:
         np.testing.assert_allclose(gradient, np.full(shape, mean_of_ranks()))
 
 
-def test_only_the_ranks_of_a_process_set_exchange(driver: Driver, last_rank_alone: hvd.ProcessSet) -> None:
+@pytest.mark.parametrize("mode", ["eager", "function"])
+def test_only_the_ranks_of_a_process_set_exchange(driver: Driver, mode: str) -> None:
     x = tf.Variable(0.0)
-    with tf.GradientTape() as tape:
-        loss = x * (hvd.rank() + 1.0)
-    (gradient,) = hvd.DistributedGradientTape(tape, process_set=last_rank_alone).gradient(loss, [x])
-    assert gradient.numpy() == hvd.rank() + 1.0
+    table = tf.Variable(tf.zeros([2, 1]))
+
+    def gradients() -> list[Any]:
+        with tf.GradientTape() as tape:
+            loss = (x + tf.reduce_sum(tf.gather(table, [1]))) * (hvd.rank() + 1.0)
+        return hvd.DistributedGradientTape(tape, process_set=driver.even_ranks).gradient(loss, [x, table])
+
+    first, rows = (tf.function(gradients) if mode == "function" else gradients)()
+    peers = range(0, hvd.size(), 2) if hvd.rank() % 2 == 0 else [hvd.rank()]
+    mean = sum(r + 1.0 for r in peers) / len(peers)
+    np.testing.assert_allclose(first, mean)
+    np.testing.assert_allclose(tf.convert_to_tensor(rows), [[0.0], [mean]])
 
 
 BROKEN = {
@@ -247,13 +256,17 @@ def test_names_may_count_models_made_before(driver: Driver) -> None:
     if hvd.rank() == 0:
         driver.model(oracle.initial_weights())  # one more here: "dense_2" becomes "dense_4"
     model = driver.model(oracle.initial_weights())
+    momentum = keras.optimizers.SGD(0.1, momentum=0.9)
+    momentum.build(model.trainable_variables)
     with tf.GradientTape() as tape:
         loss = tf.reduce_sum(model(tf.ones([1, oracle.INPUTS])))
     gradients = hvd.DistributedGradientTape(tape).gradient(loss, model.trainable_variables)
     np.testing.assert_allclose(gradients[-1], [1.0])
+    hvd.broadcast_variables([model.variables, momentum.variables], root_rank=0)
 
 
 REFUSED = {
+    "a plan that is none": lambda tape: hvd.DistributedGradientTape(tape, sync="sometimes"),
     "wrapped twice": lambda tape: hvd.DistributedGradientTape(hvd.DistributedGradientTape(tape)),
     "predivide without average": lambda tape: hvd.DistributedGradientTape(
         tape, op=hvd.Sum, gradient_predivide_factor=2.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from ci.bench.harness import (
     interleave,
     run_once,
 )
+from ci.bench.local import local_variants, settings_to_try
 from ci.bench.workers.ranks import digest, median_seconds
 
 LIMIT = Variant("limit", "limit", fixed={"step": 1.0})
@@ -174,6 +175,30 @@ def test_options() -> None:
     assert (quick.rounds, quick.steps, quick.quick) == (1, 12, True)
     with pytest.raises(SystemExit):
         parser.parse_args(["--rounds", "0"])
+
+
+def test_a_local_bench_gives_all_ranks_the_same_threads_and_tries_settings() -> None:
+    roles, names = {"independent": "limit", "hvdscale": "ours"}, {"independent": "alone", "hvdscale": "hvdscale"}
+    variants, note = local_variants("some.worker", 2, roles, names, 7, [settings_to_try("A=1,B=2")])
+    assert [(v.name, v.role, v.ranks) for v in variants] == [
+        ("alone", "limit", 2),
+        ("hvdscale", "ours", 2),
+        ("A=1 B=2", "peer", 2),
+    ]
+    processes = [p for v in variants for p in v.processes]
+    assert [p.env.get("BENCH_RANK") for p in processes] == ["0", "1", None, None]
+    assert {p.env["OMP_NUM_THREADS"] for p in processes} == {note.split()[-2]}
+    assert (processes[-1].env["A"], processes[-1].env["B"]) == ("1", "2")
+    assert all(p.command[-4:] == ("--way", way, "--steps", "7") for p, way in zip(processes, WAYS, strict=True))
+
+
+WAYS = ("independent", "independent", "hvdscale", "hvdscale")
+
+
+@pytest.mark.parametrize("text", ["", "A", "=1", "A=1,"])
+def test_settings_to_try_are_names_and_values(text: str) -> None:
+    with pytest.raises(ArgumentTypeError, match="NAME=VALUE"):
+        settings_to_try(text)
 
 
 def test_the_median_leaves_the_warm_up_out() -> None:

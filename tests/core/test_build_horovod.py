@@ -135,6 +135,16 @@ def test_an_edit_that_does_not_match_leaves_nothing_behind(tmp_path: Path) -> No
     assert not list(machine.cache.rglob("*.whl"))
 
 
+@pytest.mark.parametrize("place", ["file", "file/inside"])
+def test_a_folder_that_cannot_hold_the_wheel_is_refused_before_anything_is_built(
+    machine: Machine, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BuildError, match="cannot be put into"):
+        machine.build(wheel_dir=tmp_path / place)
+    assert not machine.cache.exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
 def test_an_interrupted_build_is_completed_by_the_next(
     machine: Machine, tmp_path: Path, number: signal.Signals

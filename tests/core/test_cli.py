@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,17 @@ def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(doctor, "_doctor", interrupted)
     assert main(["doctor"]) == 130
     assert capsys.readouterr().err == "hvdscale: interrupted\n"
+
+
+def test_an_error_of_the_system_is_one_message(tmp_path: Path) -> None:
+    """A cache that cannot be made: its parent is a file."""
+    (tmp_path / "file").touch()
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "file")}
+    shown = run("build-horovod", env=env)
+    assert shown.returncode == 1
+    assert shown.stderr.startswith("hvdscale: ")
+    assert str(tmp_path / "file") in shown.stderr
+    assert "Traceback" not in shown.stderr
 
 
 def test_a_reader_that_leaves_is_not_an_error_message(tmp_path: Path) -> None:

@@ -99,6 +99,12 @@ def test_a_room_imports_only_what_it_may(path: Path) -> None:
     assert rooms_imported(path) <= ROOMS[room] | {room} | EVERYONES
 
 
+@pytest.mark.parametrize("path", modules("hvdscale", "adapters"), ids=name_of)
+def test_the_package_does_not_import_what_is_not_packaged(path: Path) -> None:
+    outside = {"adapters", "examples", "lm", "tests", "ci"}
+    assert not outside & {name.split(".")[0] for name in imports(path, at_import_time=False)}
+
+
 @pytest.mark.parametrize("path", modules(*(f"hvdscale/{name}" for name in CORE)), ids=name_of)
 def test_the_core_imports_no_framework_when_imported(path: Path) -> None:
     assert not FRAMEWORKS & {name.split(".")[0] for name in imports(path, at_import_time=True)}

@@ -20,6 +20,9 @@ TABLE = [
     (TORCH, "horovodrun-gloo", 2),
     (TORCH, "mpirun", 4),
     (TORCH, "alone", 1),
+    (TENSORFLOW, "mpirun", 2),
+    (TENSORFLOW, "horovodrun-gloo", 2),
+    (TENSORFLOW, "alone", 1),
 ]
 
 

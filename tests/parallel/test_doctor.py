@@ -46,6 +46,18 @@ def test_all_is_well_here() -> None:
     assert all(advisory["touches"] and "mpirun" in advisory["avoids"] for advisory in advisories.values())
 
 
+def test_an_optimizer_that_averages_nothing_fails_the_trial_of_fit() -> None:
+    """What stock Horovod does under Keras 3: it trains, says nothing, and ranks drift apart."""
+    script = (
+        "import hvdscale.keras as hvd, hvdscale.cli.checks.fit as fit\n"
+        "hvd.DistributedOptimizer = lambda optimizer: optimizer\n"
+        "fit.main()"
+    )
+    finished = launch(["-c", script], env={"KERAS_BACKEND": "torch"}, deadline_seconds=180)
+    assert finished.returncode not in (0, None)
+    assert "gradients were not averaged" in finished.output
+
+
 def test_a_trial_that_works_says_what_it_proved() -> None:
     finding = run_trial(Trial("mpirun with mpi4py", "mpi"))
     assert finding.status == "ok", finding.value

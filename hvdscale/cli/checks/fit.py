@@ -53,9 +53,9 @@ def judge(apart: float, moved: float, apart_at_start: float) -> None:
     """
     if apart_at_start == 0.0:
         raise DesyncError("Ranks started from equal weights, so this check would prove nothing; seeds are ignored.")
-    if moved < 1e-3:
+    if not moved >= 1e-3:
         raise DesyncError(f"No weight moved by more than {moved:.1g} in {_STEPS} steps: fit applied no gradients.")
-    if apart > 1e-6:
+    if not apart <= 1e-6:  # also true of NaN
         raise DesyncError(
             f"After {_STEPS} steps of fit, weights of the ranks differ by {apart:.2g}: gradients were not averaged."
         )

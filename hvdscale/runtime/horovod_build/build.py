@@ -69,6 +69,8 @@ def build_horovod(
     env = dict(os.environ if env is None else env)
     report(Progress("checking what is needed"))
     toolchain = find_toolchain(frameworks, env)
+    if wheel_dir is not None:
+        _check_folder(wheel_dir)
     facts = build_facts(source, toolchain)
     key = build_key(facts)
     store = Store(cache_folder(env))
@@ -140,8 +142,17 @@ def _cause(output: str) -> str:
     return "\n".join(line[:200] for line in lines[first : first + _SHOWN_LINES])
 
 
+def _check_folder(folder: Path) -> None:
+    """Make sure that the wheel can be put there, before minutes are spent on it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BuildError(f"The wheel cannot be put into {folder} ({error.strerror}). Choose another folder.") from error
+    if not os.access(folder, os.W_OK):
+        raise BuildError(f"The wheel cannot be put into {folder}: no permission to write. Choose another folder.")
+
+
 def _copy(built: BuiltWheel, folder: Path) -> BuiltWheel:
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / built.path.name
     part = folder / f".{target.name}.{os.getpid()}"
     shutil.copyfile(built.path, part)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 import hvdscale.tensorflow as hvd
+from hvdscale.sync import Reduction
 from tests.contract.driver import ContractDriver
 from tests.contract.oracle import HIDDEN, INPUTS, Batch, Weights
 
@@ -21,12 +22,12 @@ _OPTIMIZERS: dict[str, Callable[[], keras.optimizers.Optimizer]] = {
 }
 
 
-@dataclass
+@dataclass(eq=False)
 class Distributed:
-    """A Keras optimizer and how its gradients are reduced: what a native loop keeps in two variables."""
+    """A Keras optimizer, and what is done to a tape before its gradients are taken."""
 
     optimizer: keras.optimizers.Optimizer
-    tape_arguments: dict[str, Any] = field(default_factory=dict)
+    wrap: Callable[[tf.GradientTape], tf.GradientTape]
 
 
 class Driver(ContractDriver):
@@ -44,19 +45,25 @@ class Driver(ContractDriver):
         model.set_weights(weights)
         return model
 
+    def parameters(self, model: Any) -> list[Any]:
+        return list(model.trainable_variables)
+
     def optimizer(self, kind: str, model: Any) -> keras.optimizers.Optimizer:
         return _OPTIMIZERS[kind]()
 
     def distribute(self, optimizer: Any, model: Any, **arguments: Any) -> Distributed:
-        arguments.pop("backward_passes_per_step", None)  # the loop's own: see ``train``
-        given = arguments.pop("model", None)
-        if given is not None:
-            optimizer.build(given.trainable_variables)
-            hvd.broadcast_variables([given.variables, optimizer.variables], root_rank=0)
-        return Distributed(optimizer, arguments)
+        Reduction(passes=arguments.pop("backward_passes_per_step", 1))  # the loop adds up: see ``step``
+        before = optimizer.wrap if isinstance(optimizer, Distributed) else lambda tape: tape
+
+        def wrap(tape: tf.GradientTape) -> tf.GradientTape:
+            return hvd.DistributedGradientTape(before(tape), **arguments)
+
+        wrap(tf.GradientTape())  # what cannot be is refused now
+        optimizer.build(model.trainable_variables)
+        hvd.broadcast_variables([model.variables, optimizer.variables], root_rank=0)
+        return Distributed(optimizer, wrap)
 
     def train(self, model: Any, optimizer: Distributed, batches: Sequence[Batch], passes: int = 1) -> None:
-        optimizer.optimizer.build(model.trainable_variables)
         step = tf.function(self.step, reduce_retracing=True)
         for first in range(0, len(batches), passes):
             chunk = [(tf.cast(x, tf.float32), tf.cast(y, tf.float32)) for x, y in batches[first : first + passes]]
@@ -66,8 +73,7 @@ class Driver(ContractDriver):
         """Gradients of the summed losses of ``chunk``, reduced over ranks and applied."""
         with tf.GradientTape() as tape:
             loss = tf.add_n([tf.reduce_mean((model(x) - y) ** 2) for x, y in chunk])
-        tape = hvd.DistributedGradientTape(tape, **optimizer.tape_arguments)
-        gradients = tape.gradient(loss, model.trainable_variables)
+        gradients = optimizer.wrap(tape).gradient(loss, model.trainable_variables)
         optimizer.optimizer.apply(gradients, model.trainable_variables)
 
     def weights(self, model: Any) -> Weights:

@@ -1,0 +1,89 @@
+"""The multi-host rig: what it refuses, and that it either runs and leaves nothing behind or says what it lacks."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from ci.rig import Rig, RigError, hosts, missing
+from tests.launcher import REPOSITORY
+
+
+def namespaces() -> list[str]:
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+    return [line.split()[0] for line in listed.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"), [((0,), "1 to 200 hosts"), ((4, 0), "positive"), ((4, -1.0), "positive")]
+)
+def test_what_is_no_rig_is_refused(arguments: tuple[float, ...], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Rig(*arguments)  # type: ignore[arg-type]
+
+
+def test_ranks_are_dealt_evenly() -> None:
+    with pytest.raises(ValueError, match="6 ranks on 4 hosts"):
+        Rig(4).mpirun(6, ["true"])
+
+
+def test_mpirun_keeps_to_the_links_and_passes_variables_on() -> None:
+    command, env = Rig(4).mpirun(8, ["python", "x.py"], {"A": "1"}, forward=["B"])
+    text = " ".join(command)
+    assert "-H 10.77.0.1:2,10.77.0.2:2,10.77.0.3:2,10.77.0.4:2" in text
+    assert "--mca btl tcp,self --mca btl_tcp_if_include 10.77.0.0/24" in text
+    assert [b for a, b in pairwise(command) if a == "-x"] == ["PATH", "PYTHONPATH", "B", "A"]
+    assert (command[-2:], env) == (("python", "x.py"), {"A": "1"})
+
+
+def test_without_root_or_tools_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(hosts.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(hosts, "_PATH", str(tmp_path))
+    lack = missing()
+    assert lack is not None
+    assert "root" in lack
+    assert "apt-get install iproute2 openssh-server openssh-client util-linux" in lack
+    with pytest.raises(RigError, match="apt-get install"), Rig():
+        raise AssertionError("the rig was entered")
+
+
+def test_bytes_are_read_from_the_kernels_table() -> None:
+    table = (
+        "Inter-|   Receive                            |  Transmit\n"
+        "    lo: 1 2 0 0 0 0 0 0 3 4 0 0 0 0 0 0\n"
+        "  eth0: 700 7 0 0 0 0 0 0 900 9 0 0 0 0 0 0\n"
+    )
+    assert hosts._transmitted(table) == 900
+
+
+SEND = "import socket; s = socket.create_connection(('10.77.0.2', 22)); s.sendall(b'x' * 100_000)"
+
+
+def use_and_leave() -> None:
+    with Rig(hosts=2, rate_mbit=100) as rig:
+        assert rig.run(0, "hostname") != rig.run(1, "hostname")
+        rig.run(0, sys.executable, "-c", SEND)
+        assert rig.bytes_sent()[0] >= 100_000
+        raise KeyboardInterrupt
+
+
+def test_a_rig_runs_and_is_gone_or_says_what_it_lacks() -> None:
+    """The same promise with root and without; however the rig is left, nothing stays."""
+    lack = missing()
+    before = namespaces() if lack is None else []
+    with pytest.raises(RigError if lack else KeyboardInterrupt, match=lack and re.escape(lack)):
+        use_and_leave()
+    assert before == (namespaces() if lack is None else [])
+
+
+def test_the_command_says_whether_it_can_run() -> None:
+    said = subprocess.run([sys.executable, "-m", "ci.rig", "check"], cwd=REPOSITORY, capture_output=True, text=True)
+    lack = missing()
+    assert (said.returncode, said.stdout.strip() or said.stderr.strip()) == (
+        (0, "The rig can run here.") if lack is None else (2, lack)
+    )

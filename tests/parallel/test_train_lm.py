@@ -1,0 +1,129 @@
+"""The main job on real ranks: one script, two frameworks, the same losses whatever the number of ranks."""
+
+import functools
+import json
+import re
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.launcher import Finished, launch
+
+MODEL = ("--layers", "2", "--width", "32", "--heads", "2", "--context", "32")
+STEPS = ("--steps", "50", "--warmup", "5", "--eval-every", "25")
+DEADLINE_SECONDS = 400
+BACKENDS = ("torch", "tensorflow")
+
+
+def train(script: str, *flags: str, backend: str = "torch", ranks: int = 2, launcher: str = "mpirun") -> Finished:
+    return launch(
+        [f"examples/{script}.py", *MODEL, *STEPS, *flags],
+        ranks=ranks,
+        launcher=launcher,
+        env={"KERAS_BACKEND": backend},
+        deadline_seconds=DEADLINE_SECONDS,
+    )
+
+
+@functools.cache
+def losses(backend: str, ranks: int, run: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Training losses float64[50] and held-out losses float64[3] at one global batch of 8; run once for all tests."""
+    with tempfile.TemporaryDirectory() as folder:
+        record = Path(folder) / "losses.json"
+        flags = ("--shard", "random", "--batch-size", str(8 // ranks), "--record", str(record))
+        train("train_lm", *flags, backend=backend, ranks=ranks, launcher="mpirun" if ranks > 1 else "alone").check()
+        recorded = json.loads(record.read_text())
+    return np.array(recorded["train"]), np.array(list(recorded["held_out"].values()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_ranks_equal_one_with_twice_the_batch(backend: str) -> None:
+    for together, alone in zip(losses(backend, 2), losses(backend, 1), strict=True):
+        np.testing.assert_allclose(together, alone, rtol=0, atol=1e-4)
+    assert alone[-1] < alone[0] - 0.5
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_both_frameworks_follow_the_same_curve(ranks: int) -> None:
+    for one, other in zip(losses("torch", ranks), losses("tensorflow", ranks), strict=True):
+        assert len(one) in (50, 3)
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-3)
+
+
+def test_the_same_seed_gives_the_same_losses() -> None:
+    for one, again in zip(losses("torch", 1), losses("torch", 1, run=1), strict=True):
+        assert np.array_equal(one, again)
+
+
+@pytest.mark.parametrize(
+    ("script", "backend", "launcher", "flags"),
+    [
+        ("train_lm", "tensorflow", "horovodrun", ()),
+        ("train_lm", "torch", "mpirun", ("--tokenizer", "bpe", "--vocabulary", "600")),
+        ("torch_lm", "torch", "mpirun", ()),
+        ("tensorflow_lm", "tensorflow", "mpirun", ("--shard", "ordered")),
+    ],
+    ids=["keras on tensorflow", "keras on torch, bpe", "torch", "tensorflow"],
+)
+def test_learns_and_reports(script: str, backend: str, launcher: str, flags: tuple[str, ...], tmp_path: Path) -> None:
+    plot, logs, record = tmp_path / "loss.png", tmp_path / "logs", tmp_path / "losses.json"
+    output = train(
+        script,
+        *(*flags, "--batch-size", "4", "--plot", str(plot), "--logdir", str(logs), "--record", str(record)),
+        backend=backend,
+        launcher=launcher,
+    ).check()
+    assert re.search(r"2 ranks on (Keras|PyTorch|TensorFlow) \d", output)
+    assert re.search(r"[\d,]{6,} parameters; \d+ documents, \d+ of them held out; [\d.]+ M tokens", output)
+    per_rank, in_all = re.search(r"speed +([\d,]+) tokens/s per rank, ([\d,]+) tokens/s in all", output).groups()
+    assert int(in_all.replace(",", "")) == pytest.approx(2 * int(per_rank.replace(",", "")), abs=2)
+    before, after = map(float, re.search(r"held-out loss +([\d.]+) before, ([\d.]+) after 50 steps", output).groups())
+    assert after < before - 0.5
+    recorded = json.loads(record.read_text())
+    assert len(recorded["train"]) == 50
+    assert list(recorded["held_out"]) == ["0", "25", "50"]
+    assert recorded["held_out"]["50"] == pytest.approx(after, abs=1e-4)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert len(list(logs.glob("events.out.tfevents.*"))) == 1  # rank 0 alone writes
+    assert output.count("held-out loss") == 4  # and it alone prints: three evaluations and the summary
+    assert "Traceback" not in output
+    # horovodrun itself imports TensorFlow; it marks what the ranks write with "[1,rank]".
+    written = [line for line in output.splitlines() if launcher != "horovodrun" or line.startswith("[1,")]
+    assert not [line for line in written if "WARNING" in line]
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        (None, (), "does not exist"),
+        (b"", (), "is empty"),
+        (b"\x7fELF\0\0\1", (), "is not text"),
+        (b"a few words", (), "there are 1 to train on for 2 ranks"),
+        (b"words and\n\n" * 20000, ("--batch-size", "9999"), "A batch cannot be larger than the data"),
+        (b"words and\n\n" * 20000, ("--tokenizer", "words"), "'bytes' or 'bpe'; it is 'words'"),
+        (b"words and\n\n" * 20000, ("--heads", "5"), "--width must be a multiple of --heads"),
+    ],
+    ids=["missing", "empty", "binary", "too few documents", "batch too large", "unknown tokenizer", "heads"],
+)
+def test_wrong_input_ends_the_job_with_one_line(
+    content: bytes | None, flags: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "text"
+    if content is not None:
+        path.write_bytes(content)
+    assert_refused(train("torch_lm", "--data", str(path), *flags), "torch_lm", message)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_wrong_input_ends_the_keras_job_too(backend: str) -> None:
+    assert_refused(train("train_lm", "--data", "no such place", backend=backend), "train_lm", "does not exist")
+
+
+def assert_refused(finished: Finished, script: str, message: str) -> None:
+    assert finished.returncode == 2, finished.output
+    lines = [line for line in finished.output.splitlines() if line.startswith(f"{script}.py: error: ")]
+    assert lines
+    assert all(message in line for line in lines)
+    assert "Traceback" not in finished.output
