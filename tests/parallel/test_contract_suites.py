@@ -23,6 +23,9 @@ TABLE = [
     (TENSORFLOW, "mpirun", 2),
     (TENSORFLOW, "horovodrun-gloo", 2),
     (TENSORFLOW, "alone", 1),
+    (KERAS_TENSORFLOW, "mpirun", 2),
+    (KERAS_TORCH, "mpirun", 2),
+    (KERAS_TORCH, "horovodrun-gloo", 2),
 ]
 
 
