@@ -3,6 +3,7 @@
 from hvdscale.keras.backend import verbs  # first: it imports Keras quietly
 
 # isort: split
+from hvdscale.data import ShardPlan, split
 from hvdscale.errors import BuildError, DesyncError, HvdscaleError, PlanError, StateError, TransportError, WorldError
 from hvdscale.keras import callbacks, elastic
 from hvdscale.keras.batch_norm import SyncBatchNormalization
@@ -63,6 +64,7 @@ __all__ = [
     "PlanError",
     "ProcessSet",
     "Product",
+    "ShardPlan",
     "StateError",
     "Sum",
     "SyncBatchNormalization",
@@ -100,6 +102,7 @@ __all__ = [
     "runtime_settings",
     "shutdown",
     "size",
+    "split",
     "start_timeline",
     "stop_timeline",
     "world",

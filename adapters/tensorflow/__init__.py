@@ -53,6 +53,7 @@ from horovod.tensorflow.mpi_ops import (
 )
 from horovod.tensorflow.util import refs_to_vars, vars_to_refs
 
+from hvdscale.data import ShardPlan, split
 from hvdscale.errors import BuildError, DesyncError, HvdscaleError, PlanError, StateError, TransportError, WorldError
 from hvdscale.sync import EveryStep
 from hvdscale.tensorflow import compression, elastic, functions, gradient_aggregation, mpi_ops, sync_batch_norm
@@ -97,6 +98,7 @@ __all__ = [
     "PlanError",
     "ProcessSet",
     "Product",
+    "ShardPlan",
     "StateError",
     "Sum",
     "SyncBatchNormalization",
@@ -155,6 +157,7 @@ __all__ = [
     "shutdown",
     "size",
     "size_op",
+    "split",
     "start_timeline",
     "stop_timeline",
     "sync_batch_norm",

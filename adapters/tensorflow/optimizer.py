@@ -1,14 +1,16 @@
-"""``DistributedOptimizer`` for ``tf.compat.v1.train.Optimizer``; ``hvdscale.keras`` has the one for Keras."""
+"""``DistributedOptimizer`` for ``tf.compat.v1.train.Optimizer``; a Keras optimizer goes to the Keras adapter."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import keras
 import tensorflow as tf
 from horovod.tensorflow.gradient_aggregation import LocalGradientAggregationHelper
 from horovod.tensorflow.mpi_ops import Adasum, Average, ProcessSet, global_process_set, rank
 
 from hvdscale.errors import PlanError
+from hvdscale.sync import EveryStep
 from hvdscale.tensorflow.gradients import GradientSync, Groups
 from hvdscale.tensorflow.wire import Compression
 
@@ -16,7 +18,7 @@ __all__ = ["DistributedOptimizer", "LocalGradientAggregationHelper"]
 
 
 def DistributedOptimizer(
-    optimizer: tf.compat.v1.train.Optimizer,
+    optimizer: Any,
     name: str | None = None,
     use_locking: bool = False,
     device_dense: str = "",
@@ -31,28 +33,57 @@ def DistributedOptimizer(
     groups: Groups = None,
     process_set: ProcessSet = global_process_set,
     scale_local_gradients: bool = True,
-) -> _DistributedOptimizer:
-    """An optimizer that reduces gradients over ranks in ``compute_gradients`` and applies them with ``optimizer``.
+    *,
+    sync: EveryStep | None = None,
+    model: Any = None,
+) -> Any:
+    """An optimizer that reduces gradients over ranks before it applies them.
+
+    A Keras optimizer becomes what ``hvdscale.keras.DistributedOptimizer`` makes of it. A TensorFlow 1 optimizer is
+    wrapped in one that reduces in ``compute_gradients``.
 
     Args:
-        optimizer: a ``tf.compat.v1.train.Optimizer``.
+        optimizer: a Keras optimizer or a ``tf.compat.v1.train.Optimizer``.
         name: head of the names of its operations.
         backward_passes_per_step: gradients are added up over so many passes before they are reduced (graph mode).
         average_aggregated_gradients: divide that sum by their number.
+        sync, model: for Keras optimizers, as in ``hvdscale.keras.DistributedOptimizer``.
         The others: see ``DistributedGradientTape``.
 
     Raises:
-        PlanError: arguments that cannot be, an optimizer wrapped twice, or a Keras optimizer.
+        PlanError: arguments that cannot be, an optimizer wrapped twice, or something that is no optimizer.
     """
+    if isinstance(optimizer, keras.optimizers.Optimizer):
+        from hvdscale.tensorflow.keras import DistributedOptimizer as distribute_keras
+
+        return distribute_keras(
+            optimizer,
+            name,
+            device_dense=device_dense,
+            device_sparse=device_sparse,
+            compression=compression,
+            sparse_as_dense=sparse_as_dense,
+            gradient_predivide_factor=gradient_predivide_factor,
+            op=op,
+            backward_passes_per_step=backward_passes_per_step,
+            average_aggregated_gradients=average_aggregated_gradients,
+            num_groups=num_groups,
+            groups=groups,
+            process_set=process_set,
+            scale_local_gradients=scale_local_gradients,
+            sync=sync,
+            model=model,
+        )
     if isinstance(optimizer, _DistributedOptimizer):
         raise PlanError("This optimizer is distributed already: gradients would be reduced twice. Wrap it once.")
     if not isinstance(optimizer, tf.compat.v1.train.Optimizer):
         raise PlanError(
-            "hvdscale.tensorflow.DistributedOptimizer takes a tf.compat.v1.train.Optimizer, got "
-            f"{type(optimizer).__module__}.{type(optimizer).__qualname__}. For a Keras optimizer use "
-            "hvdscale.keras.DistributedOptimizer(optimizer, ...), under fit and in custom loops; or keep the "
-            "optimizer as it is and reduce gradients with hvdscale.tensorflow.DistributedGradientTape."
+            "DistributedOptimizer takes a Keras optimizer or a tf.compat.v1.train.Optimizer, got "
+            f"{type(optimizer).__module__}.{type(optimizer).__qualname__}. To reduce gradients yourself use "
+            "DistributedGradientTape."
         )
+    if sync is not None or model is not None:
+        raise PlanError("sync= and model= are for Keras optimizers. Leave them out with a TensorFlow 1 optimizer.")
     if op == Adasum:
         raise PlanError(
             "op=Adasum combines the weight changes of a TensorFlow 1 optimizer in Horovod, which does not run on "

@@ -48,6 +48,7 @@ from horovod.torch import (
 )
 from horovod.torch.mpi_ops import is_homogeneous
 
+from hvdscale.data import ShardPlan, split
 from hvdscale.errors import DesyncError, HvdscaleError, PlanError, StateError, TransportError, WorldError
 from hvdscale.sync import EveryStep, Reduction
 from hvdscale.torch import compression, elastic, functions, mpi_ops, optimizer, sync_batch_norm
@@ -103,6 +104,7 @@ __all__ = [
     "ProcessSet",
     "Product",
     "Reduction",
+    "ShardPlan",
     "StateError",
     "Sum",
     "SyncBatchNorm",
@@ -168,6 +170,7 @@ __all__ = [
     "shutdown",
     "size",
     "sparse_allreduce_async",
+    "split",
     "start_timeline",
     "stop_timeline",
     "sync_batch_norm",

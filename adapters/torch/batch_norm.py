@@ -6,6 +6,7 @@ variances" (1979): one all-gather forward, one all-reduce backward.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats)
         self._process_set = process_set
+        _keep_from_compilers()
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -73,7 +75,6 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.eps,
         )
 
-    @torch.compiler.disable
     def _normalise(self, input: Tensor) -> Tensor:
         output, mean, variance, count = _Normalise.apply(input, self.weight, self.bias, self.eps, self._process_set)
         momentum = self._count_batch()
@@ -155,3 +156,9 @@ def _gather(own: Tensor, process_set: ProcessSet) -> Tensor:
 def _add(own: Tensor, process_set: ProcessSet) -> Tensor:
     handle = allreduce_async_(own, op=Sum, name="hvdscale.batch_norm.gradients", process_set=process_set)
     return synchronize(handle)
+
+
+@functools.cache
+def _keep_from_compilers() -> None:
+    """Make ``torch.compile`` leave the exchange alone. Once, with the first layer: it imports the compiler."""
+    SyncBatchNorm._normalise = torch.compiler.disable(SyncBatchNorm._normalise)  # type: ignore[method-assign]

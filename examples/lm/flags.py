@@ -28,14 +28,19 @@ def parse_flags(description: str) -> argparse.Namespace:
     train.add_argument("--steps", type=int, default=300)
     train.add_argument("--batch-size", type=int, default=8, help="windows per rank and step")
     train.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
-    train.add_argument("--warmup", type=int, default=20, help="steps until the highest learning rate")
+    train.add_argument(
+        "--warmup", type=int, help="steps until the highest learning rate; left out: 20, or fewer in short runs"
+    )
     train.add_argument("--eval-every", type=int, default=100, help="steps between evaluations")
     train.add_argument("--seed", type=int, default=0)
     output = parser.add_argument_group("output")
     output.add_argument("--logdir", help="write TensorBoard scalars here")
     output.add_argument("--plot", help="write the loss curves to this image")
     output.add_argument("--record", help="write the losses to this JSON file")
-    return parser.parse_args()
+    flags = parser.parse_args()
+    if flags.warmup is None:
+        flags.warmup = min(20, max(flags.steps, 0) // 5)
+    return flags
 
 
 def check_flags(flags: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ Measured on ranks that share cores, and on hosts joined by slow links; ``ci/benc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 FRONT = "HVDSCALE_RUN_SETTINGS"
-"""Variable in which ``hvdscale run`` lists the settings it has put in force: those are not the user's."""
+"""Variable that lists the settings hvdscale itself has put in force: those are not the user's."""
 
 _MCA = "OMPI_MCA_"
 # Open MPI asks a rules file before it asks for a forced algorithm: who forced one must not meet our file.
@@ -97,29 +97,31 @@ def apply_settings(
 
     The user sets an Open MPI parameter in the environment, on mpirun's command line, or in ``mca-params.conf``.
     """
-    users = {**{f"{_MCA}{name}": value for name, value in user_mca_parameters(env).items()}, **env}
-    fronted = users.get(FRONT, "").split(",")
-    theirs = [n for n in users if n.startswith((*_ALLREDUCE_CHOICE, _FORCED_CHOICE)) and n not in fronted]
+    ours = {name for name in env.get(FRONT, "").split(",") if name}
+    set_somewhere = {**{f"{_MCA}{name}": value for name, value in user_mca_parameters(env).items()}, **env}
+    users = {name: value for name, value in set_somewhere.items() if name not in ours}
+    theirs = [name for name in users if name.startswith((*_ALLREDUCE_CHOICE, _FORCED_CHOICE))]
     if theirs:
         chosen = tuple(s for s in chosen if s.name not in _ALLREDUCE_CHOICE or s.name in theirs)
-    settled = tuple(_settle(setting, users, fronted, mpi_running) for setting in chosen)
+    settled = tuple(_settle(setting, users, mpi_running and setting.name not in ours) for setting in chosen)
     for setting in settled:
         if setting.origin == "hvdscale":
             env[setting.name] = setting.value
+            ours.add(setting.name)
         if setting.origin == "hvdscale" and setting.name == _ALLREDUCE_CHOICE[1]:
             rules.write_rules(Path(setting.value))
+    if ours:
+        env[FRONT] = ",".join(sorted(ours))  # a second init(), and processes started from here, know whose they are
     return settled
 
 
-def _settle(setting: Setting, users: Mapping[str, str], fronted: Sequence[str], mpi_running: bool) -> Setting:
-    if setting.name in fronted and setting.name != _ALLREDUCE_CHOICE[1]:
-        return replace(setting, value=users.get(setting.name, setting.value))
-    if setting.name in users and setting.name not in fronted:
+def _settle(setting: Setting, users: Mapping[str, str], too_late: bool) -> Setting:
+    if setting.name in users:
         return replace(setting, value=users[setting.name], reason="set by you", origin="user")
-    if mpi_running and setting.name.startswith(_MCA):
+    if too_late and setting.name.startswith(_MCA):
         why = f"MPI was already running when init() was called; call init() first. {setting.reason}"
         return replace(setting, reason=why, origin="late")
-    return setting  # the rules file is always this host's own, wherever the job was started
+    return setting
 
 
 def user_mca_parameters(env: Mapping[str, str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""``DistributedOptimizer`` of TensorFlow 1 optimizers; Keras optimizers are sent where they belong."""
+"""``DistributedOptimizer`` of TensorFlow 1 and of Keras optimizers."""
 
 from __future__ import annotations
 
@@ -69,12 +69,20 @@ def test_training_eagerly(driver: Driver) -> None:
     np.testing.assert_allclose(w, [1.0 - mean_of_ranks()])
 
 
+def test_a_keras_optimizer_applies_the_mean_of_ranks(driver: Driver) -> None:
+    w = keras.Variable([1.0])
+    optimizer = keras.optimizers.SGD(1.0)
+    assert hvd.DistributedOptimizer(optimizer) is optimizer
+    optimizer.apply([tf.constant([hvd.rank() + 1.0])], [w])
+    np.testing.assert_allclose(w, [1.0 - mean_of_ranks()])
+
+
 def sgd() -> Any:
     return v1.train.GradientDescentOptimizer(0.1)
 
 
 REFUSED = {
-    "a Keras optimizer": (lambda: hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), "hvdscale.keras"),
+    "a model for TensorFlow 1": (lambda: hvd.DistributedOptimizer(sgd(), model=object()), "Keras optimizers"),
     "no optimizer": (lambda: hvd.DistributedOptimizer(0.1), "got builtins.float"),
     "wrapped twice": (lambda: hvd.DistributedOptimizer(hvd.DistributedOptimizer(sgd())), "Wrap it once"),
     "adasum": (lambda: hvd.DistributedOptimizer(sgd(), op=hvd.Adasum), "Adasum"),

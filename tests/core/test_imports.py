@@ -1,4 +1,4 @@
-"""Promises of the imports: the core needs no framework, and each room imports only what DESIGN.md lets it."""
+"""Promises of the imports: the core needs no framework, and each room imports only what CONTRIBUTING.md lets it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "sync": {"runtime", "update"},
     "cli": {"runtime", "update", "data", "model", "sync"},
     "torch": {"runtime", "update", "data", "model", "sync"},
-    "tensorflow": {"runtime", "update", "data", "model", "sync"},
+    "tensorflow": {"runtime", "update", "data", "model", "sync", "tensorflow_keras"},
     "keras": {"runtime", "update", "data", "model", "sync", "torch", "tensorflow"},
     "tensorflow_keras": {"runtime", "update", "data", "model", "sync", "keras"},
 }

@@ -91,7 +91,7 @@ def test_who_chose_the_all_reduce_does_not_meet_our_rules(name: str) -> None:
     env = {name: "3"}
     settled = apply_settings(choose_settings(ONE_PER_HOST, 4), env, mpi_running=False)
     assert {setting.name for setting in settled if setting.origin == "hvdscale"} == {YIELD}
-    assert set(env) == {name, YIELD}
+    assert set(env) == {name, YIELD, FRONT}
 
 
 def test_a_parameter_in_the_users_file_wins(home: Path) -> None:
@@ -108,7 +108,7 @@ def test_mpi_settings_come_too_late_once_mpi_runs() -> None:
     settled = by_name(apply_settings(choose_settings(TWO_HERE, 4), env, mpi_running=True))
     assert {name for name, setting in settled.items() if setting.origin == "late"} == MPI
     assert all("call init() first" in settled[name].reason for name in MPI)
-    assert set(env) == THREADS
+    assert set(env) == {*THREADS, FRONT}
 
 
 def test_what_the_front_has_set_is_not_the_users(home: Path) -> None:
@@ -117,6 +117,12 @@ def test_what_the_front_has_set_is_not_the_users(home: Path) -> None:
     settled = by_name(apply_settings(choose_settings(ONE_PER_HOST, 4), env, mpi_running=False))
     assert {setting.origin for setting in settled.values()} == {"hvdscale"}
     assert Path(env[RULES_FILE]) == home / ".cache" / "hvdscale" / "allreduce-rules.conf"
+
+
+def test_a_second_init_knows_its_own_settings() -> None:
+    env = {YIELD: "0"}
+    first = apply_settings(choose_settings(TWO_HERE, 4), env, mpi_running=False)
+    assert apply_settings(choose_settings(TWO_HERE, 4), env, mpi_running=True) == first
 
 
 def test_rules_lie_in_a_folder_only_the_user_writes(home: Path) -> None:

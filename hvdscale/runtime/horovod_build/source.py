@@ -74,8 +74,9 @@ _EDITS = (
     Edit(
         "CMakeLists.txt",
         "set(CMAKE_CXX_STANDARD 14)",
-        "set(CMAKE_CXX_STANDARD 17)",
-        "TensorFlow's headers need C++17",
+        'set(CMAKE_CXX_STANDARD 17)\nset(CMAKE_BUILD_RPATH "$ORIGIN/../../../..")',
+        "TensorFlow's headers need C++17; and a cached wheel must find libmpi in the environment it is installed in, "
+        "not in the one it was built in",
     ),
     Edit(
         "horovod/torch/CMakeLists.txt",
