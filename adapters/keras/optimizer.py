@@ -172,6 +172,7 @@ class _Distributed:
 
     _hvdscale: Reducer
 
+    @verbs.apart_from_compilers
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> Any:
         reducer = self._hvdscale
         plain: Any = super()
