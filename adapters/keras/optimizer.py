@@ -91,7 +91,7 @@ def DistributedOptimizer(
         compression=compression,
         process_set=process_set,
         scale_local=scale_local_gradients,
-        name=f"{name or 'Distributed' + kind}.{_made}",
+        name=f"{name or 'Distributed' + kind}.{_made}".replace("/", "."),
         sync=sync,
     )
     _made += 1
