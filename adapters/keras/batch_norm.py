@@ -12,6 +12,7 @@ from keras import ops
 
 from hvdscale.errors import PlanError
 from hvdscale.keras.backend import verbs
+from hvdscale.keras.replicas import path_of
 
 __all__ = ["SyncBatchNormalization"]
 
@@ -48,7 +49,9 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):  # type: ignore[m
         own = ops.where(count > 0, ops.concatenate([count, mean, variance]), 0.0)  # [1 + 2 channels]
         # A gather with a gradient: every rank adds its row to zeros.
         mine = ops.reshape(ops.one_hot(ranks.rank(), ranks.size(), dtype=mean.dtype), (-1, 1))
-        rows = verbs.sum_over_ranks(mine * own, ranks, f"{self.path}/statistics")  # [ranks, 1 + 2 channels]
+        rows = verbs.sum_over_ranks(
+            mine * own, ranks, f"{path_of(self)}.statistics".replace("/", ".")
+        )  # [ranks, 1 + 2 channels]
         channels = inputs.shape[self.axis]
         counts, means, variances = rows[:, :1], rows[:, 1 : 1 + channels], rows[:, 1 + channels :]
         share = counts / ops.sum(counts)  # [ranks, 1]

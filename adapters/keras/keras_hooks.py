@@ -39,6 +39,7 @@ def install_hooks() -> None:
 
 
 def _reduce_before_check(plain: Callable[..., Any]) -> Callable[..., Any]:
+    @verbs.apart_from_compilers
     @functools.wraps(plain)
     def apply(self: Any, grads: Any, trainable_variables: Any = None) -> Any:
         inner = self.inner_optimizer

@@ -13,8 +13,9 @@ from horovod.tensorflow.mpi_ops import _allreduce
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 import hvdscale.tensorflow as hvd
+from hvdscale.sync import Reduction
+from hvdscale.tensorflow import sync
 from hvdscale.tensorflow.runtime import control, world
-from hvdscale.tensorflow.sync import reduce_gradients
 
 __all__ = [
     "apart_from_compilers",
@@ -96,6 +97,19 @@ def broadcast_bytes(data: np.ndarray, root_rank: int, process_set: Any, name: st
         return result
 
 
-def sum_over_ranks(value: Any, process_set: Any, name: str | None = None) -> Any:
+def sum_over_ranks(value: Any, process_set: Any, name: str) -> Any:
     """The sum of a float tensor over ranks; its gradient is summed over ranks too."""
-    return _allreduce(value, op=hvd.Sum, process_set=process_set, name=name)
+
+    def send(tensor: Any, what: str) -> Any:
+        return _allreduce(tensor, name=what, op=hvd.Sum, process_set=process_set, ignore_name_scope=True)
+
+    @tf.custom_gradient
+    def summed(tensor: Any) -> Any:
+        return send(tensor, name), lambda upstream: send(upstream, f"{name}.gradient")
+
+    return summed(value)
+
+
+def reduce_gradients(gradients: Sequence[Any], reduction: Reduction, **arguments: Any) -> list[Any]:
+    """As ``hvdscale.tensorflow``'s, by the given name alone: Keras's scopes hold counters that differ between ranks."""
+    return sync.reduce_gradients(gradients, reduction, ignore_name_scope=True, **arguments)

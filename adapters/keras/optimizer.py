@@ -91,7 +91,7 @@ def DistributedOptimizer(
         compression=compression,
         process_set=process_set,
         scale_local=scale_local_gradients,
-        name=f"{name or 'Distributed' + kind}.{_made}",
+        name=f"{name or 'Distributed' + kind}.{_made}".replace("/", "."),
         sync=sync,
     )
     _made += 1
@@ -172,6 +172,7 @@ class _Distributed:
 
     _hvdscale: Reducer
 
+    @verbs.apart_from_compilers
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> Any:
         reducer = self._hvdscale
         plain: Any = super()

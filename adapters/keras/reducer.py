@@ -130,7 +130,6 @@ class Reducer:
                 )
         return result
 
-    @verbs.apart_from_compilers
     def reduce(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
         """The gradients of all ranks as one list; ``None`` stays ``None``.
 
