@@ -8,6 +8,7 @@ from typing import Any
 
 from hvdscale.errors import PlanError
 from hvdscale.keras.backend import verbs
+from hvdscale.keras.replicas import path_of
 from hvdscale.sync import EveryStep, Reduction
 
 __all__ = ["Distribution"]
@@ -85,7 +86,7 @@ class Distribution:
         compression = getattr(self.compression, "__name__", type(self.compression).__name__)
         return {
             "reduction": self.reduction,
-            "groups": [[getattr(v, "path", "?") for v in group] for group in self.groups],
+            "groups": [[path_of(v) for v in group] for group in self.groups],
             "compression": compression,
             "ranks": self.process_set.ranks,
             "average_aggregated_gradients": self.average_passes,

@@ -18,7 +18,7 @@ from hvdscale.runtime.horovod import installed_version
 __all__ = ["agree_on", "broadcast_variables", "model_state", "path_of"]
 
 _CHUNK_BYTES = 1 << 28  # one message stays far below the 2 GiB an MPI count can say
-_COUNTER = re.compile(r"_\d+(?=/|$)")
+_COUNTER = re.compile(r"_\d+(?=[/_]|$)")
 
 
 def path_of(variable: Any) -> str:

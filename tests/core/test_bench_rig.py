@@ -61,7 +61,13 @@ def test_bytes_are_read_from_the_kernels_table() -> None:
     assert hosts._transmitted(table) == 900
 
 
-SEND = "import socket; s = socket.create_connection(('10.77.0.2', 22)); s.sendall(b'x' * 100_000)"
+SEND = """
+import socket, time
+link = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+for _ in range(100):
+    link.sendto(bytes(1000), ("10.77.0.2", 9))
+    time.sleep(0.001)
+"""
 
 
 def use_and_leave() -> None:

@@ -153,6 +153,7 @@ def test_an_interrupted_build_is_completed_by_the_next(
     pause.touch()
     arguments = (machine.source.version, machine.source.sha256)
     driver = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it\n"
         "from hvdscale.runtime.horovod_build import HOROVOD, Source, build_horovod\n"
         f"build_horovod(['torch'], source=Source(*{arguments!r}, HOROVOD.edits), report=lambda p: print(p, flush=True))"
     )
