@@ -5,6 +5,7 @@ Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computi
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import keras
@@ -12,9 +13,11 @@ from keras import ops
 
 from hvdscale.errors import PlanError
 from hvdscale.keras.backend import verbs
-from hvdscale.keras.replicas import path_of
 
 __all__ = ["SyncBatchNormalization"]
+
+# Layers are numbered when they first exchange, which all ranks do in the same order, whatever each has built before.
+_exchanging = itertools.count()
 
 
 @keras.saving.register_keras_serializable("hvdscale")
@@ -38,6 +41,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):  # type: ignore[m
             raise PlanError("A fused kernel cannot share its statistics between ranks. Leave fused out.")
         super().__init__(**kwargs)
         self._process_set = process_set
+        self._ordinal: int | None = None
 
     def _moments(self, inputs: Any, mask: Any) -> tuple[Any, Any]:
         mean, variance = super()._moments(inputs, mask)  # [channels], [channels] of this rank
@@ -49,9 +53,10 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):  # type: ignore[m
         own = ops.where(count > 0, ops.concatenate([count, mean, variance]), 0.0)  # [1 + 2 channels]
         # A gather with a gradient: every rank adds its row to zeros.
         mine = ops.reshape(ops.one_hot(ranks.rank(), ranks.size(), dtype=mean.dtype), (-1, 1))
-        rows = verbs.sum_over_ranks(
-            mine * own, ranks, f"{path_of(self)}.statistics".replace("/", ".")
-        )  # [ranks, 1 + 2 channels]
+        if self._ordinal is None:
+            self._ordinal = next(_exchanging)
+        # [ranks, 1 + 2 channels]
+        rows = verbs.sum_over_ranks(mine * own, ranks, f"sync_batch_normalization.{self._ordinal}")
         channels = inputs.shape[self.axis]
         counts, means, variances = rows[:, :1], rows[:, 1 : 1 + channels], rows[:, 1 + channels :]
         share = counts / ops.sum(counts)  # [ranks, 1]

@@ -85,6 +85,7 @@ class Distribution:
         """What must be the same on every rank."""
         compression = getattr(self.compression, "__name__", type(self.compression).__name__)
         return {
+            "name": self.name,
             "reduction": self.reduction,
             "groups": [[path_of(v) for v in group] for group in self.groups],
             "compression": compression,

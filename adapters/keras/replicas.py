@@ -62,10 +62,16 @@ def broadcast_variables(
 ) -> None:
     """Copy the values of Keras variables (or tensors' variables) from ``root_rank`` to all ranks, in place.
 
-    All of them travel as bytes in one message: any dtype, no rounding. Ranks must hold the same variables.
+    They travel as bytes, in messages of at most 256 MiB: any dtype, no rounding.
+
+    Raises:
+        DesyncError: on every rank, when ranks hold other variables or name another root.
     """
     variables = list(variables)
-    if not variables or not process_set.included() or process_set.size() == 1:
+    if not process_set.included() or process_set.size() == 1:
+        return
+    agree_on("the variables to broadcast", variables, {"root_rank": root_rank}, process_set)
+    if not variables:
         return
     with verbs.eager():
         arrays = [np.asarray(keras.ops.convert_to_numpy(v)) for v in variables]

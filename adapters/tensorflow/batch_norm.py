@@ -5,6 +5,7 @@ Ioffe and Szegedy, "Batch Normalization", arXiv 1502.03167; moments merged as Ch
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,9 @@ from hvdscale.errors import PlanError
 from hvdscale.tensorflow.messages import exchanges
 
 __all__ = ["SyncBatchNormalization"]
+
+# Layers are numbered when they first exchange, which all ranks do in the same order, whatever each has built before.
+_exchanging = itertools.count()
 
 
 @keras.saving.register_keras_serializable(package="hvdscale")
@@ -38,13 +42,16 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
                 f"which runs on {keras.backend.backend()!r}. Set KERAS_BACKEND=tensorflow."
             )
         super().__init__(**kwargs)
+        self._ordinal: int | None = None
 
     def _moments(self, inputs: tf.Tensor, mask: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
         if not exchanges():
             return super()._moments(inputs, mask)
         count, mean, variance = _local_moments(inputs, mask, self._reduction_axes)  # [], [c], [c]
         row = tf.concat([[count], mean, variance], 0)  # [1 + 2c]
-        everyone = _gather_rows(row)  # [ranks, 1 + 2c]
+        if self._ordinal is None:
+            self._ordinal = next(_exchanging)
+        everyone = _gather_rows(row, f"sync_batch_normalization.{self._ordinal}")  # [ranks, 1 + 2c]
         counts, means, variances = tf.split(everyone, [1, mean.shape[0], mean.shape[0]], axis=1)
         share = tf.math.divide_no_nan(counts, tf.reduce_sum(counts))  # [ranks, 1]
         mean = tf.reduce_sum(share * means, 0)
@@ -67,12 +74,18 @@ def _local_moments(
     return count, tf.reshape(mean, [-1]), variance
 
 
-@tf.custom_gradient
-def _gather_rows(row: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
-    """``[k]`` of each rank -> ``[ranks, k]``. What depends on this rank's row is summed over all ranks' losses."""
+def _gather_rows(row: tf.Tensor, name: str) -> tf.Tensor:
+    """``[k]`` of each rank -> ``[ranks, k]``. What depends on this rank's row is summed over all ranks' losses.
 
-    def gradient(upstream: tf.Tensor) -> tf.Tensor:
-        total = _ops._allreduce(upstream, op=_ops.Sum, name="sync_batch_norm_gradient")
-        return total[_ops.rank_op()]
+    Names leave out Keras's scopes, whose counters may differ between ranks.
+    """
 
-    return _ops.allgather(row[None], name="sync_batch_norm"), gradient
+    @tf.custom_gradient
+    def gathered(row: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+        def gradient(upstream: tf.Tensor) -> tf.Tensor:
+            total = _ops._allreduce(upstream, op=_ops.Sum, name=f"{name}.gradient", ignore_name_scope=True)
+            return total[_ops.rank_op()]
+
+        return _ops.allgather(row[None], name=name, ignore_name_scope=True), gradient
+
+    return gathered(row)

@@ -49,7 +49,7 @@ from horovod.torch import (
 from horovod.torch.mpi_ops import is_homogeneous
 
 from hvdscale.data import ShardPlan, split
-from hvdscale.errors import DesyncError, HvdscaleError, PlanError, StateError, TransportError, WorldError
+from hvdscale.errors import BuildError, DesyncError, HvdscaleError, PlanError, StateError, TransportError, WorldError
 from hvdscale.sync import EveryStep, Reduction
 from hvdscale.torch import compression, elastic, functions, mpi_ops, optimizer, sync_batch_norm
 from hvdscale.torch.batch_norm import SyncBatchNorm
@@ -92,6 +92,7 @@ from hvdscale.torch.sync import DistributedOptimizer
 __all__ = [
     "Adasum",
     "Average",
+    "BuildError",
     "Compression",
     "DesyncError",
     "DistributedOptimizer",

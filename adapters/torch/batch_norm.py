@@ -56,7 +56,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         own_statistics = self.training or self.running_mean is None
-        if not own_statistics or self._process_set.size() == 1:
+        if not own_statistics or not self._process_set.included() or self._process_set.size() == 1:
             self._check_input_dim(input)
             return self._plain(input)
         self._check_input_dim(input)

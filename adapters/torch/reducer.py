@@ -9,6 +9,7 @@ is finished by ``synchronize()`` or the step, which send zeros for the missing o
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -73,6 +74,8 @@ class Reducer:
         self._waiting: list[int] = []  # per bucket: positions not ready yet
         self._flights: list[tuple[list[int], Finish]] = []
         self._finished: Literal["", "backward", "synchronize"] = ""
+        self._queued = False  # a callback waits for the end of the backward pass in progress
+        self._warned = False
 
     def add(self, named: Sequence[tuple[str, Tensor]]) -> None:
         """Append parameters to the registry and watch the trainable ones."""
@@ -157,6 +160,7 @@ class Reducer:
         self._left = dict.fromkeys(positions, self.passes)
         self._waiting = [len(bucket) for bucket in self._buckets]
         self._finished = ""
+        self._queued = False  # a backward pass that raised never ran its callback
 
     def _gradient_ready(self, position: int) -> None:
         if self._finished == "backward":
@@ -175,14 +179,27 @@ class Reducer:
         self._waiting[number] -= 1
         if self._waiting[number] == 0:
             self._launch(self._buckets[number])
-            if len(self._flights) == len(self._buckets):
-                # Runs when the backward pass in progress is over; there is no public name for it.
-                torch.autograd.Variable._execution_engine.queue_callback(self._finish_in_backward)
+        if not self._queued:
+            self._queued = True
+            # Runs when the backward pass in progress is over; there is no public name for it.
+            torch.autograd.Variable._execution_engine.queue_callback(self._backward_over)
 
-    def _finish_in_backward(self) -> None:
-        if not self._finished:
+    def _backward_over(self) -> None:
+        self._queued = False
+        if self._finished:
+            return
+        if len(self._flights) == len(self._buckets):
             self._wait()
             self._finished = "backward"
+        elif not self._warned:
+            self._warned = True
+            missing = [self._names[position] for position, left in self._left.items() if left]
+            warnings.warn(
+                f"No gradient reached {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''} in this backward "
+                "pass, so gradients are averaged over ranks only in optimizer.step(). Before you clip or read them, "
+                "call optimizer.synchronize().",
+                stacklevel=2,
+            )
 
     def _launch(self, bucket: list[int]) -> None:
         gradients = [self._gradient(position) for position in bucket]

@@ -101,7 +101,7 @@ def _grid() -> Table:
 
     grid = Table.grid(padding=(0, 1))
     grid.add_column(width=5, justify="right")
-    grid.add_column(width=28, no_wrap=True)
+    grid.add_column(min_width=28, overflow="fold")
     grid.add_column(overflow="fold")
     return grid
 

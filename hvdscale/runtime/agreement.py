@@ -55,20 +55,22 @@ def agree(fingerprint: Fingerprint, transport: Transport, about: str) -> None:
     if len(set(digests)) == 1:
         return
     everyone = [Fingerprint.decode(data) for data in transport.allgather(fingerprint.encode())]
-    raise DesyncError(_difference(everyone, about))
+    raise DesyncError(_difference(dict(zip(transport.ranks, everyone, strict=True)), about))
 
 
-def _difference(everyone: list[Fingerprint], about: str) -> str:
-    reference = everyone[0]
-    others = [rank for rank, claim in enumerate(everyone) if claim != reference]
-    first = min(_first_difference(reference, everyone[rank]) for rank in others)
+def _difference(claims: dict[int, Fingerprint], about: str) -> str:
+    """``claims`` by global rank."""
+    head, *_ = claims
+    reference = claims[head]
+    others = [rank for rank, claim in claims.items() if claim != reference]
+    first = min(_first_difference(reference, claims[rank]) for rank in others)
     values: dict[tuple[str, str], list[int]] = {}
-    for rank, claim in enumerate(everyone):
+    for rank, claim in claims.items():
         fact = claim.facts[first] if first < len(claim.facts) else ("nothing more", "")
         values.setdefault(fact, []).append(rank)
     lines = [f"  {_ranks(ranks)}: {fact[0]} = {fact[1]}" for fact, ranks in values.items()]
     return (
-        f"Ranks disagree about {about}: {_ranks(others)} differ{'s' if len(others) == 1 else ''} from rank 0. "
+        f"Ranks disagree about {about}: {_ranks(others)} differ{'s' if len(others) == 1 else ''} from rank {head}. "
         "First difference:\n" + "\n".join(lines) + "\n"
         "All ranks must build the same model, optimizer and plan, in the same order. "
         "Nothing was exchanged; make these equal and start again."

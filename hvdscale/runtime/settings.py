@@ -98,6 +98,9 @@ def apply_settings(
     The user sets an Open MPI parameter in the environment, on mpirun's command line, or in ``mca-params.conf``.
     """
     ours = {name for name in env.get(FRONT, "").split(",") if name}
+    for name in ours - {setting.name for setting in chosen}:
+        env.pop(name, None)  # from a launch of another kind, whose environment this process inherited
+        ours.remove(name)
     set_somewhere = {**{f"{_MCA}{name}": value for name, value in user_mca_parameters(env).items()}, **env}
     users = {name: value for name, value in set_somewhere.items() if name not in ours}
     theirs = [name for name in users if name.startswith((*_ALLREDUCE_CHOICE, _FORCED_CHOICE))]
@@ -110,8 +113,7 @@ def apply_settings(
             ours.add(setting.name)
         if setting.origin == "hvdscale" and setting.name == _ALLREDUCE_CHOICE[1]:
             rules.write_rules(Path(setting.value))
-    if ours:
-        env[FRONT] = ",".join(sorted(ours))  # a second init(), and processes started from here, know whose they are
+    env[FRONT] = ",".join(sorted(ours))  # a second init(), and processes started from here, know whose they are
     return settled
 
 

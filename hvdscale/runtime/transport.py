@@ -42,10 +42,14 @@ class RankSet(Protocol):
 
 
 class Transport(Protocol):
-    """Collectives over byte strings. Every rank calls the same methods in the same order."""
+    """Collectives over byte strings. Every rank calls the same methods in the same order.
+
+    ``rank`` is the position in ``ranks``, the global ranks that take part.
+    """
 
     rank: int
     size: int
+    ranks: tuple[int, ...]
 
     def allgather(self, data: bytes) -> list[bytes]:
         """Every rank's ``data``, in rank order."""
@@ -66,6 +70,7 @@ class SoloTransport:
 
     rank = 0
     size = 1
+    ranks: tuple[int, ...] = (0,)
 
     def allgather(self, data: bytes) -> list[bytes]:
         return [data]
@@ -80,11 +85,12 @@ class MPITransport:
     Messages go as MPI.BYTE: automatic types fail for half precision.
     """
 
-    def __init__(self, comm: Any) -> None:
+    def __init__(self, comm: Any, ranks: tuple[int, ...] | None = None) -> None:
         self._comm = comm.Dup()
         self._subsets: dict[tuple[int, ...], MPITransport] = {}
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
+        self.ranks = tuple(range(self.size)) if ranks is None else ranks
 
     def allgather(self, data: bytes) -> list[bytes]:
         from mpi4py import MPI
@@ -102,7 +108,7 @@ class MPITransport:
             return self
         if key not in self._subsets:
             group = self._comm.Get_group().Incl(key)
-            self._subsets[key] = MPITransport(self._comm.Create_group(group))
+            self._subsets[key] = MPITransport(self._comm.Create_group(group), key)
         return self._subsets[key]
 
 
@@ -115,6 +121,7 @@ class CollectiveTransport:
     def __init__(self, rank: int, size: int, gather: Gather, process_set: RankSet | None = None) -> None:
         self.rank = rank
         self.size = size
+        self.ranks = tuple(range(size)) if process_set is None else tuple(process_set.ranks or ())
         self._gather = gather
         self._process_set = process_set
 
@@ -142,11 +149,11 @@ class LoopbackTransport:
         self.size = size
         self._board = board
         self._timeout = timeout_seconds
-        self._world = tuple(range(size))
+        self.ranks = tuple(range(size))
 
     def _room(self) -> Any:
         with self._board["lock"]:
-            return self._board.setdefault(self._world, (threading.Barrier(len(self._world)), [b""] * len(self._world)))
+            return self._board.setdefault(self.ranks, (threading.Barrier(len(self.ranks)), [b""] * len(self.ranks)))
 
     def allgather(self, data: bytes) -> list[bytes]:
         barrier, slots = self._room()
@@ -160,9 +167,9 @@ class LoopbackTransport:
         return everything
 
     def subset(self, process_set: RankSet) -> Transport:
-        members = tuple(process_set.ranks or self._world)
-        twin = LoopbackTransport(members.index(self._world[self.rank]), len(members), self._board, self._timeout)
-        twin._world = members
+        members = tuple(process_set.ranks or self.ranks)
+        twin = LoopbackTransport(members.index(self.ranks[self.rank]), len(members), self._board, self._timeout)
+        twin.ranks = members
         return twin
 
 

@@ -95,6 +95,10 @@ DIFFERENT: dict[str, tuple[Callable[[int], Any], Callable[[Any, int], Any]]] = {
         lambda rank: network(START),
         lambda hvd, rank: hvd.DistributedOptimizer(SGD(0.1), op=hvd.Sum if rank else hvd.Average),
     ),
+    "name": (
+        lambda rank: network(START),
+        lambda hvd, rank: hvd.DistributedOptimizer(SGD(0.1), name="theirs" if rank else "mine"),
+    ),
     "compression": (
         lambda rank: network(START),
         lambda hvd, rank: hvd.DistributedOptimizer(

@@ -210,6 +210,25 @@ def test_batch_norm_counts_all_ranks_batches_as_one(driver: ContractDriver, eage
     assert driver.hvd.size() == 1 or np.abs(weights_of(alone)[0] - weights_of(ours)[0]).max() > 1e-3
 
 
+def test_batch_norms_of_parallel_branches_do_not_meet(driver: ContractDriver) -> None:
+    def branches(kind: Any) -> Any:
+        inputs = keras.Input((3,))
+        sides = [kind(momentum=0.5)(keras.ops.power(inputs, power)) for power in (1, 2, 3)]
+        model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.concatenate(sides)))
+        rng = np.random.default_rng(3)
+        for variable in model.trainable_variables:
+            variable.assign(rng.normal(size=variable.shape).astype(np.float32))
+        return model
+
+    if driver.hvd.rank() == 0:
+        driver.hvd.SyncBatchNormalization()  # moves Keras's automatic names
+    ours = branches(driver.hvd.SyncBatchNormalization)
+    fit(ours, driver.hvd.DistributedOptimizer(SGD(0.01)), own_batches(3))
+    theirs = branches(keras.layers.BatchNormalization)
+    fit(theirs, SGD(0.01), all_batches(3))
+    assert_close(weights_of(ours), weights_of(theirs), 1e-3)
+
+
 def test_batch_norm_over_unequal_batches(driver: ContractDriver) -> None:
     hvd = driver.hvd
     every = [oracle.batches(1, rank, size=4 + 3 * rank)[0] for rank in range(hvd.size())]

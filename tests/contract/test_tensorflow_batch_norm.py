@@ -65,6 +65,24 @@ def test_equals_one_process_with_the_whole_batch(
     np.testing.assert_allclose(ours.moving_variance, theirs.moving_variance, rtol=1e-3)
 
 
+def test_parallel_layers_in_a_function_do_not_meet(driver: Driver) -> None:
+    if hvd.rank() == 0:
+        hvd.SyncBatchNormalization()  # moves Keras's automatic names
+    layers = [hvd.SyncBatchNormalization(momentum=0.0) for _ in range(3)]
+    x = tf.constant(inputs(hvd.rank(), 4))
+    for layer in layers:
+        layer.build(x.shape)
+
+    @tf.function
+    def forward() -> list[tf.Tensor]:
+        return [layer(x + shift, training=True) for shift, layer in enumerate(layers)]
+
+    forward()
+    mean = np.concatenate([inputs(r, 4) for r in range(hvd.size())]).mean(0)
+    for shift, layer in enumerate(layers):
+        np.testing.assert_allclose(layer.moving_mean, mean + shift, rtol=1e-5)
+
+
 def test_masked_steps_do_not_count(driver: Driver) -> None:
     x = inputs(hvd.rank(), 2, (3,))
     mask = np.array([[1, 1, 0], [1, 0, 0]], bool)

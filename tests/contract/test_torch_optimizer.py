@@ -196,6 +196,24 @@ def test_a_parameter_only_some_ranks_use(driver: ContractDriver, hvd: Any, rank:
     assert_same_everywhere(driver, model.parameters())
 
 
+def test_unused_parameters_are_named_once_because_gradients_then_come_late(hvd: Any, rank: int, size: int) -> None:
+    model = nn.ModuleDict({"used": nn.Linear(2, 1), "unused": nn.Linear(2, 1)})
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), model=model)
+    told = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model["used"](torch.full((1, 2), float(rank))).sum().backward()
+        told += [str(w.message) for w in caught if "optimizer.synchronize()" in str(w.message)]
+        optimizer.synchronize()
+        torch.testing.assert_close(model["used"].weight.grad, torch.full((1, 2), (size - 1) / 2))
+        with optimizer.skip_synchronize():
+            optimizer.step()
+    assert len(told) == (1 if size > 1 else 0)
+    assert all("unused.weight, unused.bias" in text for text in told)
+
+
 def test_two_losses_reaching_different_parameters(hvd: Any, rank: int, size: int) -> None:
     model = nn.ModuleList([nn.Linear(3, 1), nn.Linear(3, 1)])
     optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model=model)

@@ -52,6 +52,20 @@ def test_the_odd_one_is_named_on_every_rank(odd: Fingerprint, lines: list[str]) 
         assert line in text
 
 
+def test_ranks_of_a_process_set_go_by_their_global_numbers() -> None:
+    class LastTwo:
+        ranks = (2, 3)
+
+    def body(transport: Transport) -> None:
+        if transport.rank >= 2:
+            shape = (transport.rank,)
+            agree(Fingerprint.of([("w", shape, "float32")]), transport.subset(LastTwo()), "the model")  # type: ignore[arg-type]
+
+    text = str(run_loopback(4, body, timeout_seconds=10)[3])
+    assert "rank 3 differs from rank 2" in text
+    assert "rank 2: parameter 0 = w float32[2]" in text
+
+
 def test_several_odd_ones() -> None:
     shapes = [4, 5, 4, 6]
     results = told([Fingerprint.of([("w", (n,), "float32")]) for n in shapes])

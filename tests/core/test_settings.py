@@ -125,6 +125,14 @@ def test_a_second_init_knows_its_own_settings() -> None:
     assert apply_settings(choose_settings(TWO_HERE, 4), env, mpi_running=True) == first
 
 
+def test_settings_of_another_launch_are_taken_back() -> None:
+    env: dict[str, str] = {}
+    apply_settings(choose_settings(ALONE, 4), env, mpi_running=False)
+    assert env["HOROVOD_CONTROLLER"] == "gloo"
+    apply_settings(choose_settings(TWO_HERE, 4), env, mpi_running=False)
+    assert "HOROVOD_CONTROLLER" not in env
+
+
 def test_rules_lie_in_a_folder_only_the_user_writes(home: Path) -> None:
     path = rules.rules_path({"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")})
     assert path.parent == home / "cache" / "hvdscale"

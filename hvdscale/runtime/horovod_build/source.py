@@ -129,10 +129,18 @@ def fetch_source(source: Source, folder: Path, run: Run) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     incoming = folder / "incoming"
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
-    finished = run([*pip, "--dest", str(incoming), f"horovod=={source.version}"], folder)
+    pinned = folder / f"horovod-{source.version}.txt"
+    pinned.write_text(f"horovod=={source.version} --hash=sha256:{source.sha256}\n")
+    # With the hash pip refuses another file before it runs anything in it.
+    finished = run([*pip, "--dest", str(incoming), "--require-hashes", "--requirement", str(pinned)], folder)
     fetched = incoming / source.archive
     if finished.returncode != 0 or not fetched.is_file():
         tail = "\n".join(finished.output.splitlines()[-5:])
+        if "DO NOT MATCH THE HASHES" in finished.output:
+            raise BuildError(
+                f"{source.archive} must have SHA-256\n  {source.sha256}\nbut the package index served another file:\n"
+                f"{tail}\nNothing in it was run. Check which index and mirror pip uses (`pip config list`), then retry."
+            )
         raise BuildError(
             f"pip could not download the source of Horovod {source.version}:\n{tail}\n"
             "Check the network, the proxy and the index in `pip config list`, then retry."
