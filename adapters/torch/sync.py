@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import horovod.torch as _horovod
@@ -26,6 +27,8 @@ __all__ = ["DistributedOptimizer"]
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 Groups = int | Sequence[Sequence[Tensor]]
+
+_MESSAGE_BYTES = 32 << 20
 
 
 def DistributedOptimizer(
@@ -60,7 +63,8 @@ def DistributedOptimizer(
         op: ``Average``, ``Sum``, or ``Adasum``, which combines the ranks' weight updates instead of gradients.
         gradient_predivide_factor: with ``Average``, divide by it before the sum and multiply after.
         num_groups: older name of ``groups``.
-        groups: parameters reduced as one message: a number of groups, or lists of parameters.
+        groups: parameters reduced as one message: a number of groups, or lists of parameters. Left out: one message
+            a gradient over several hosts, one per 32 MiB among ranks that share a host's cores.
         sparse_as_dense: reduce sparse gradients as dense ones.
         process_set: the ranks that share gradients. Others step alone.
         sync: when ranks agree; ``EveryStep()`` when left out.
@@ -105,6 +109,8 @@ def DistributedOptimizer(
     )
     if reduction.op == "adasum":
         check_adasum(process_set)
+    elif groups is None:
+        reduction = replace(reduction, groups=_groups_on_one_host(parameters))
     distribute(optimizer, Terms(reduction, plan, compression, process_set), names, named, _sparse_parameters(model))
     amp.watch_gradient_scalers()
     if model is not None and process_set.included():
@@ -112,6 +118,17 @@ def DistributedOptimizer(
         broadcast_parameters(model.state_dict(), root, process_set)
         broadcast_optimizer_state(optimizer, root, model, process_set)
     return optimizer
+
+
+def _groups_on_one_host(parameters: Sequence[Tensor]) -> int | None:
+    """How many messages, when nobody says, ranks that share the cores of one host send; ``None``: one a gradient.
+
+    Where every core computes, an all-reduce under the backward pass only takes turns with it, and each message is
+    negotiated. Over links between hosts, and on accelerators, messages travel while the backward pass goes on.
+    """
+    if world().launch.spans_hosts or any(p.device.type != "cpu" for p in parameters):
+        return None
+    return max(1, -(-sum(p.numel() * p.element_size() for p in parameters) // _MESSAGE_BYTES))
 
 
 def _op_name(op: int) -> Any:
