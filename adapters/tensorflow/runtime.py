@@ -11,14 +11,16 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.eager import context as _eager
 
-from hvdscale.errors import WorldError
-from hvdscale.runtime.session import World, join, prepare
+from hvdscale.runtime.session import Membership, join, prepare
 from hvdscale.runtime.settings import Setting
-from hvdscale.runtime.transport import RankSet, Transport
+from hvdscale.runtime.transport import RankSet
 
 __all__ = ["control", "init", "runtime_settings", "shutdown", "world"]
 
-_world: World | None = None
+_membership = Membership()
+world = _membership.world
+runtime_settings = _membership.runtime_settings
+control = _membership.control
 
 
 def init(comm: Any = None, process_sets: Sequence[Any] | str | None = None) -> None:
@@ -33,7 +35,6 @@ def init(comm: Any = None, process_sets: Sequence[Any] | str | None = None) -> N
     Raises:
         WorldError: the launch variables do not fit together, or Horovod sees another world size.
     """
-    global _world
     # TensorFlow reads its thread counts when its runtime starts, with the first operation.
     started = _eager.context()._initialized
     preparation = prepare()
@@ -41,36 +42,13 @@ def init(comm: Any = None, process_sets: Sequence[Any] | str | None = None) -> N
         settings = tuple(_late(s) for s in preparation.settings)
         preparation = replace(preparation, settings=settings)
     _horovod.init(comm, process_sets)
-    _world = join(preparation, _horovod, _gather, comm)
+    _membership.enter(join(preparation, _horovod, _gather, comm))
 
 
 def shutdown() -> None:
     """Leave the job. ``init()`` may be called again."""
-    global _world
-    _world = None
+    _membership.leave()
     _horovod.shutdown()
-
-
-def world() -> World:
-    """The world since ``init()``.
-
-    Raises:
-        WorldError: before ``init()`` or after ``shutdown()``.
-    """
-    if _world is None:
-        raise WorldError("hvdscale is not initialised. Call hvd.init() first.")
-    return _world
-
-
-def runtime_settings() -> tuple[Setting, ...]:
-    """Every transport and thread setting ``init()`` looked at: name, value, reason and who chose it."""
-    return world().settings
-
-
-def control(process_set: RankSet | None = None) -> Transport:
-    """The transport of small control messages among ``process_set`` (default: all ranks)."""
-    transport = world().transport
-    return transport if process_set is None else transport.subset(process_set)
 
 
 def _gather(vector: np.ndarray, process_set: RankSet | None) -> np.ndarray:

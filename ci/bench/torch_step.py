@@ -9,13 +9,12 @@ from ci.bench.harness import Target, arguments, finish, interleave
 from ci.bench.local import local_variants, settings_to_try
 
 RANKS = 2
-ROLES = {"independent": "limit", "ddp": "peer", "horovod": "peer", "hvdscale": "ours", "hvdscale-grouped": "peer"}
+ROLES = {"independent": "limit", "ddp": "peer", "horovod": "peer", "hvdscale": "ours"}
 NAMES = {
     "independent": "no communication",
     "ddp": "torch DDP (gloo)",
     "horovod": "stock Horovod",
     "hvdscale": "hvdscale",
-    "hvdscale-grouped": "hvdscale, one group",
 }
 TARGETS = (Target("no communication", 0.95), Target("torch DDP (gloo)", 1.0), Target("stock Horovod", 1.5))
 

@@ -12,9 +12,9 @@ from hvdscale.errors import WorldError
 from hvdscale.runtime.health import abort, end_job_on_error
 from hvdscale.runtime.launch import Launch, read_launch
 from hvdscale.runtime.settings import Setting, put_in_force
-from hvdscale.runtime.transport import CollectiveTransport, Gather, MPITransport, SoloTransport, Transport
+from hvdscale.runtime.transport import CollectiveTransport, Gather, MPITransport, RankSet, SoloTransport, Transport
 
-__all__ = ["Preparation", "World", "join", "prepare"]
+__all__ = ["Membership", "Preparation", "World", "join", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,38 @@ class World:
     launch: Launch
     transport: Transport
     settings: tuple[Setting, ...]
+
+
+class Membership:
+    """An adapter's place in a job: the world from ``init()`` to ``shutdown()``, and what is asked of it."""
+
+    def __init__(self) -> None:
+        self._world: World | None = None
+
+    def enter(self, world: World) -> None:
+        self._world = world
+
+    def leave(self) -> None:
+        self._world = None
+
+    def world(self) -> World:
+        """The world since ``init()``.
+
+        Raises:
+            WorldError: before ``init()`` or after ``shutdown()``.
+        """
+        if self._world is None:
+            raise WorldError("hvdscale is not initialised. Call hvd.init() first.")
+        return self._world
+
+    def runtime_settings(self) -> tuple[Setting, ...]:
+        """Every transport and thread setting ``init()`` looked at: name, value, reason and who chose it."""
+        return self.world().settings
+
+    def control(self, process_set: RankSet | None = None) -> Transport:
+        """The transport of small control messages among ``process_set`` (default: all ranks)."""
+        transport = self.world().transport
+        return transport if process_set is None else transport.subset(process_set)
 
 
 @dataclass(frozen=True)

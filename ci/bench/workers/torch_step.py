@@ -67,9 +67,7 @@ def join(way: str, model: GPT, optimizer: torch.optim.Optimizer) -> tuple[int, i
     import hvdscale.torch as hvd
 
     hvd.init()
-    # One group: a single all-reduce when backward is done, nothing while it computes.
-    groups = {"groups": 1} if way == "hvdscale-grouped" else {}
-    optimizer = hvd.DistributedOptimizer(optimizer, model=model, **groups)
+    optimizer = hvd.DistributedOptimizer(optimizer, model=model)
     return hvd.rank(), hvd.size(), model, optimizer
 
 
@@ -94,9 +92,7 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, data: torc
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--way", choices=("independent", "ddp", "horovod", "hvdscale", "hvdscale-grouped"), required=True
-    )
+    parser.add_argument("--way", choices=("independent", "ddp", "horovod", "hvdscale"), required=True)
     parser.add_argument("--steps", type=int, required=True)
     options = parser.parse_args()
     torch.manual_seed(0)
