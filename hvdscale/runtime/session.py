@@ -84,6 +84,11 @@ def prepare() -> Preparation:
     """
     launch = read_launch()
     settled = put_in_force(launch, os.environ, mpi_running=_mpi_is_running())
+    if launch.local_size == 0:
+        why = (
+            f"{launch.launcher} does not say how many ranks share this host; set OMP_NUM_THREADS and TF_NUM_* yourself"
+        )
+        settled = (*settled, Setting("thread counts", "as the frameworks choose", why))
     if launch.controller == "mpi":
         _import_mpi()
     threads = next((int(s.value) for s in settled if s.name == "OMP_NUM_THREADS" and s.value.isdigit()), 0)

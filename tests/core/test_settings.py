@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from hvdscale.runtime import rules
+from hvdscale.runtime import cores, rules, session
 from hvdscale.runtime.cores import bound_by_default, cores_in_quota
-from hvdscale.runtime.launch import Launch
+from hvdscale.runtime.launch import Launch, read_launch
 from hvdscale.runtime.settings import FRONT, Setting, apply_settings, choose_settings, put_in_force
 from tests.launcher import launch
 
@@ -159,6 +159,45 @@ def test_rules_leave_a_folder_others_may_write(home: Path, monkeypatch: pytest.M
 )
 def test_a_containers_quota_limits_the_cores(text: str, cores: int) -> None:
     assert cores_in_quota(text) == cores
+
+
+MASKS = {"SLURM_CPU_BIND_TYPE": "mask_cpu:", "SLURM_CPU_BIND_LIST": "0x3,0xC"}
+
+
+@pytest.mark.parametrize(
+    ("env", "bound"),
+    [
+        (MASKS, True),
+        ({"SLURM_CPU_BIND_TYPE": "map_cpu:", "SLURM_CPU_BIND_LIST": "0,1"}, True),
+        (MASKS | {"SLURM_CPU_BIND_LIST": "0xF,0xF"}, False),
+        (MASKS | {"SLURM_CPU_BIND_TYPE": "none"}, False),
+        ({}, False),
+    ],
+    ids=["masks", "cores", "one mask for all", "none", "unsaid"],
+)
+def test_a_task_of_slurm_computes_on_all_of_its_own_cores(
+    env: dict[str, str], bound: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tasks on a node of four cores: each sees two, or all four."""
+    task = {"PMIX_RANK": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    for name, value in (task | env).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cores, "_affinity", lambda process=0: frozenset(range(2 if bound else 4)))
+    monkeypatch.setattr(cores.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(cores, "cores_in_quota", lambda: 1 << 20)
+    settled = by_name(put_in_force(read_launch(), {}, mpi_running=False))
+    assert {settled[name].value for name in THREADS} == {"2"}
+
+
+def test_where_the_ranks_of_this_host_are_not_known_threads_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A dictionary of its own, because settings are written into it.
+    monkeypatch.setattr(os, "environ", {"HOME": os.environ["HOME"], "PMI_RANK": "0", "PMI_SIZE": "4"})
+    monkeypatch.setattr(session, "_import_mpi", lambda: None)
+    preparation = session.prepare()
+    settled = by_name(preparation.settings)
+    assert not THREADS & set(settled)
+    assert preparation.threads == 0
+    assert "does not say how many ranks share this host" in settled["thread counts"].reason
 
 
 def test_only_a_binding_nobody_asked_for_is_undone() -> None:
