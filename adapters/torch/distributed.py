@@ -7,6 +7,7 @@ gradient scalers and hooks made before or after find what they expect, once per 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +18,7 @@ from horovod.torch import ProcessSet, global_process_set
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hvdscale.errors import PlanError, StateError
+from hvdscale.errors import DesyncError, PlanError, StateError
 from hvdscale.runtime.agreement import Fingerprint, agree
 from hvdscale.torch.adasum import DeltaReducer
 from hvdscale.torch.names import parameter_names
@@ -32,7 +33,12 @@ _ZERO_GRAD = (
     "This is prohibited as it can cause a race condition."
 )
 
-_wrapped = 0  # optimizers made distributed by this process: part of message names, so that models do not collide
+# Every optimizer has a number, part of its messages' names, so that models do not collide: how many this process
+# wrapped before it. A copy is numbered after its original, so that one made on some ranks only shifts nobody's count.
+_wrapped = 0
+_copies: Counter[str] = Counter()
+
+Registry = tuple[tuple[str, bool], ...]  # name of each parameter, and whether its gradient is sparse
 
 
 class DistributedMixin:
@@ -86,14 +92,15 @@ class DistributedMixin:
         super().add_param_group(param_group)  # type: ignore[misc]
         held = self._hvdscale
         last = len(self.param_groups) - 1
-        try:
-            named = parameter_names(self.param_groups[last:], held.names, last)
-        except PlanError:
-            self.param_groups.pop()
-            raise
+        named = parameter_names(self.param_groups[last:], held.names, last)
         held.named += named
         if held.exchange is not None:
-            _agree(self, held, "a parameter group")  # type: ignore[arg-type]
+            try:
+                _agree(self, held, "a parameter group")  # type: ignore[arg-type]
+            except DesyncError:
+                self.param_groups.pop()
+                del held.named[-len(named) :]
+                raise
             held.exchange.add(named)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -110,8 +117,8 @@ class DistributedMixin:
     def __reduce_ex__(self, protocol: Any) -> Any:
         held = self._hvdscale
         state = {k: v for k, v in self.__getstate__().items() if k != "_hvdscale"}  # type: ignore[attr-defined]
-        names = tuple(name for name, _ in held.named)
-        return _revive, (plain_class(self), held.terms, names), state  # type: ignore[arg-type]
+        registry = tuple((name, id(parameter) in held.sparse) for name, parameter in held.named)
+        return _revive, (plain_class(self), held.terms, held.number, registry), state  # type: ignore[arg-type]
 
 
 def plain_class(optimizer: Optimizer) -> type[Optimizer]:
@@ -139,8 +146,8 @@ def distribute(
         PlanError: a type of optimizer whose class cannot be exchanged.
     """
     global _wrapped
-    number, _wrapped = _wrapped, _wrapped + 1
-    held = Attachment(terms, names, named, number, None)
+    number, _wrapped = str(_wrapped), _wrapped + 1
+    held = Attachment(terms, names, named, number, None, sparse)
     alone = not _takes_part(terms.process_set)
     if not alone:
         _agree(optimizer, held, "the optimizer")
@@ -153,7 +160,7 @@ def distribute(
         ) from error
     optimizer._hvdscale = held  # type: ignore[attr-defined]
     if not alone:
-        _watch(optimizer, held, sparse)
+        _watch(optimizer, held)
 
 
 def _takes_part(process_set: ProcessSet) -> bool:
@@ -172,13 +179,13 @@ def _agree(optimizer: Optimizer, held: Attachment, about: str) -> None:
     )
 
 
-def _watch(optimizer: Optimizer, held: Attachment, sparse: frozenset[int]) -> None:
+def _watch(optimizer: Optimizer, held: Attachment) -> None:
     terms, prefix = held.terms, f"hvdscale.{held.number}."
     common = {"compression": terms.compression, "process_set": terms.process_set, "prefix": prefix}
     if terms.reduction.op == "adasum":
         held.exchange = DeltaReducer(terms.reduction, **common)
     else:
-        held.exchange = Reducer(terms.reduction, sparse=sparse, **common)
+        held.exchange = Reducer(terms.reduction, sparse=held.sparse, **common)
     held.exchange.add(held.named)
     optimizer.register_step_pre_hook(before_step)
     optimizer.register_step_post_hook(after_step)
@@ -190,7 +197,7 @@ def _distributed_class(cls: type[Optimizer]) -> type[Optimizer]:
     return type(cls.__name__, (DistributedMixin, cls), {**body, "_hvdscale_plain": cls})
 
 
-def _revive(cls: type[Optimizer], terms: Terms, names: tuple[str, ...]) -> Optimizer:
+def _revive(cls: type[Optimizer], terms: Terms, original: str, registry: Registry) -> Optimizer:
     """A copied or unpickled optimizer, before its state is set."""
     if not _horovod.is_initialized():
         raise StateError(
@@ -201,16 +208,17 @@ def _revive(cls: type[Optimizer], terms: Terms, names: tuple[str, ...]) -> Optim
         terms = replace(terms, process_set=global_process_set)
     twin = _distributed_class(cls)
     optimizer = twin.__new__(twin)
-    optimizer.__dict__["_hvdscale_revived"] = (terms, names)
+    optimizer.__dict__["_hvdscale_revived"] = (terms, original, registry)
     return optimizer
 
 
-def _attach(optimizer: Optimizer, terms: Terms, names: tuple[str, ...]) -> None:
-    global _wrapped
-    number, _wrapped = _wrapped, _wrapped + 1
+def _attach(optimizer: Optimizer, terms: Terms, original: str, registry: Registry) -> None:
+    _copies[original] += 1
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    named = list(zip(names, parameters, strict=True))
-    held = Attachment(terms, {id(p): n for n, p in named}, named, number, None)
+    named = [(name, p) for (name, _), p in zip(registry, parameters, strict=True)]
+    sparse = frozenset(id(p) for (_, is_sparse), p in zip(registry, parameters, strict=True) if is_sparse)
+    number = f"{original}.copy{_copies[original]}"
+    held = Attachment(terms, {id(p): n for n, p in named}, named, number, None, sparse)
     optimizer._hvdscale = held  # type: ignore[attr-defined]
     if _takes_part(terms.process_set):
-        _watch(optimizer, held, frozenset())
+        _watch(optimizer, held)
