@@ -7,6 +7,7 @@ gradient scalers and hooks made before or after find what they expect, once per 
 from __future__ import annotations
 
 import functools
+import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from hvdscale.errors import DesyncError, PlanError, StateError
 from hvdscale.runtime.agreement import Fingerprint, agree
 from hvdscale.torch.adasum import DeltaReducer
 from hvdscale.torch.names import parameter_names
-from hvdscale.torch.reducer import Reducer
+from hvdscale.torch.reducer import Reducer, Survey
 from hvdscale.torch.runtime import control, elastic
 from hvdscale.torch.steps import Attachment, Terms, after_step, before_step
 
@@ -118,7 +119,7 @@ class DistributedMixin:
         held = self._hvdscale
         state = {k: v for k, v in self.__getstate__().items() if k != "_hvdscale"}  # type: ignore[attr-defined]
         registry = tuple((name, id(parameter) in held.sparse) for name, parameter in held.named)
-        return _revive, (plain_class(self), held.terms, held.number, registry), state  # type: ignore[arg-type]
+        return _revive, (plain_class(self), held.terms, held.number, registry, held.asks), state  # type: ignore[arg-type]
 
 
 def plain_class(optimizer: Optimizer) -> type[Optimizer]:
@@ -131,7 +132,7 @@ def distribute(
     terms: Terms,
     names: dict[int, str] | None,
     named: list[tuple[str, Tensor]],
-    sparse: frozenset[int] = frozenset(),
+    sparse: frozenset[int] | None = None,
 ) -> None:
     """Make ``optimizer`` distributed in place. Collective over the process set.
 
@@ -139,7 +140,7 @@ def distribute(
         terms: how to reduce.
         names: the user's names by ``id`` of the parameter, for groups added later.
         named: ``(name, parameter)`` of all groups, in order.
-        sparse: ``id`` of the parameters known to have sparse gradients.
+        sparse: ``id`` of the parameters that have sparse gradients, or ``None`` where that is not known.
 
     Raises:
         DesyncError: ranks disagree on parameters, optimizer or terms.
@@ -147,7 +148,7 @@ def distribute(
     """
     global _wrapped
     number, _wrapped = str(_wrapped), _wrapped + 1
-    held = Attachment(terms, names, named, number, None, sparse)
+    held = Attachment(terms, names, named, number, None, sparse or frozenset(), asks=sparse is None)
     alone = not _takes_part(terms.process_set)
     if not alone:
         _agree(optimizer, held, "the optimizer")
@@ -185,10 +186,21 @@ def _watch(optimizer: Optimizer, held: Attachment) -> None:
     if terms.reduction.op == "adasum":
         held.exchange = DeltaReducer(terms.reduction, **common)
     else:
-        held.exchange = Reducer(terms.reduction, sparse=held.sparse, **common)
+        held.exchange = Reducer(
+            terms.reduction, sparse=held.sparse, survey=_survey(terms) if held.asks else None, **common
+        )
     held.exchange.add(held.named)
     optimizer.register_step_pre_hook(before_step)
     optimizer.register_step_post_hook(after_step)
+
+
+def _survey(terms: Terms) -> Survey:
+    def survey(kinds: dict[int, bool]) -> dict[int, bool]:
+        everyone = control(terms.process_set).allgather(json.dumps(sorted(kinds.items())).encode())
+        known = [pair for message in everyone for pair in json.loads(message)]
+        return {position: any(is_sparse for p, is_sparse in known if p == position) for position, _ in known}
+
+    return survey
 
 
 @functools.cache
@@ -197,7 +209,7 @@ def _distributed_class(cls: type[Optimizer]) -> type[Optimizer]:
     return type(cls.__name__, (DistributedMixin, cls), {**body, "_hvdscale_plain": cls})
 
 
-def _revive(cls: type[Optimizer], terms: Terms, original: str, registry: Registry) -> Optimizer:
+def _revive(cls: type[Optimizer], terms: Terms, original: str, registry: Registry, asks: bool) -> Optimizer:
     """A copied or unpickled optimizer, before its state is set."""
     if not _horovod.is_initialized():
         raise StateError(
@@ -208,17 +220,17 @@ def _revive(cls: type[Optimizer], terms: Terms, original: str, registry: Registr
         terms = replace(terms, process_set=global_process_set)
     twin = _distributed_class(cls)
     optimizer = twin.__new__(twin)
-    optimizer.__dict__["_hvdscale_revived"] = (terms, original, registry)
+    optimizer.__dict__["_hvdscale_revived"] = (terms, original, registry, asks)
     return optimizer
 
 
-def _attach(optimizer: Optimizer, terms: Terms, original: str, registry: Registry) -> None:
+def _attach(optimizer: Optimizer, terms: Terms, original: str, registry: Registry, asks: bool) -> None:
     _copies[original] += 1
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     named = [(name, p) for (name, _), p in zip(registry, parameters, strict=True)]
     sparse = frozenset(id(p) for (_, is_sparse), p in zip(registry, parameters, strict=True) if is_sparse)
     number = f"{original}.copy{_copies[original]}"
-    held = Attachment(terms, {id(p): n for n, p in named}, named, number, None, sparse)
+    held = Attachment(terms, {id(p): n for n, p in named}, named, number, None, sparse, asks)
     optimizer._hvdscale = held  # type: ignore[attr-defined]
     if _takes_part(terms.process_set):
         _watch(optimizer, held)

@@ -77,6 +77,7 @@ class Attachment:
     number: str  # how many this process wrapped before, or which copy of which
     exchange: Exchange | None
     sparse: frozenset[int] = frozenset()  # by id, parameters known to have sparse gradients
+    asks: bool = False  # ranks ask each other which gradients are sparse, because the user gave no model
     skip: bool = False
 
 
