@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from pathlib import Path
 
 import pytest
 
 from hvdscale.runtime import cores, rules, session
+from hvdscale.runtime.command import Job, compose
 from hvdscale.runtime.cores import bound_by_default, cores_in_quota
+from hvdscale.runtime.inspection import local_settings
 from hvdscale.runtime.launch import Launch, read_launch
 from hvdscale.runtime.settings import FRONT, Setting, apply_settings, choose_settings, put_in_force
 
@@ -67,9 +70,30 @@ def test_ranks_of_a_host_share_its_cores(local_size: int, cores: int, own: int |
 
 def test_settings_are_written_for_this_process() -> None:
     env = {"HOME": os.environ["HOME"]}
-    settled = apply_settings(choose_settings(TWO_HERE, 4), env, mpi_running=False)
+    settled = put_in_force(TWO_HERE, env, mpi_running=False)
     assert {setting.name: setting.value for setting in settled}.items() <= env.items()
     assert Path(env[RULES_FILE]).read_text() == rules.rules_text()
+
+
+def test_looking_at_the_settings_writes_nothing(home: Path) -> None:
+    """As ``hvdscale run --dry-run`` and ``hvdscale doctor`` do."""
+    compose(Job(2, ("train.py",)), {"PATH": f"{Path(sys.executable).parent}", "HOME": str(home)})
+    local_settings(2, {"HOME": str(home)})
+    assert [path for path in home.rglob("*") if path.is_file()] == []
+
+
+def test_rules_that_cannot_be_written_leave_the_choice_to_open_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_rules(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(rules, "write_rules", write_rules)
+    env: dict[str, str] = {}
+    settled = by_name(put_in_force(ONE_PER_HOST, env, mpi_running=False))
+    assert set(env) == {YIELD, FRONT}
+    assert env[FRONT] == YIELD
+    for name in (USE_RULES, RULES_FILE):
+        assert settled[name].origin == "failed"
+        assert "No space left on device" in settled[name].reason
 
 
 @pytest.mark.parametrize("name", sorted(THREADS | {YIELD, USE_RULES, RULES_FILE}))
