@@ -6,7 +6,6 @@ gradient scalers and hooks made before or after find what they expect, once per 
 
 from __future__ import annotations
 
-import functools
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -203,10 +202,14 @@ def _survey(terms: Terms) -> Survey:
     return survey
 
 
-@functools.cache
+_classes: dict[type[Optimizer], type[Optimizer]] = {}  # made once, so that copies are of the same type
+
+
 def _distributed_class(cls: type[Optimizer]) -> type[Optimizer]:
-    body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (DistributedMixin, cls), {**body, "_hvdscale_plain": cls})
+    if cls not in _classes:
+        body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        _classes[cls] = type(cls.__name__, (DistributedMixin, cls), {**body, "_hvdscale_plain": cls})
+    return _classes[cls]
 
 
 def _revive(cls: type[Optimizer], terms: Terms, original: str, registry: Registry, asks: bool) -> Optimizer:

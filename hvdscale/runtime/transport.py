@@ -176,7 +176,9 @@ class MPITransport:
         """For an operation that may outlive this interpreter: never freed."""
         from mpi4py import MPI
 
-        return np.frombuffer(MPI.Alloc_mem(8 * (self.size + 1)), np.int64)
+        memory: Any = MPI.Alloc_mem(8 * (self.size + 1))
+        numbers: np.ndarray = np.frombuffer(memory, np.int64)
+        return numbers
 
     def _saying(self, word: int, lengths: np.ndarray) -> tuple[int, ...]:
         return tuple(rank for rank, length in zip(self.ranks, lengths, strict=True) if length == word)
