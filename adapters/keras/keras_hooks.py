@@ -48,10 +48,12 @@ def _reduce_before_check(plain: Callable[..., Any]) -> Callable[..., Any]:
             return plain(self, grads, trainable_variables)
         variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
         grads = list(grads)
-        if not grads or len(grads) != len(variables):
+        if len(grads) != len(variables):
             return plain(self, grads, trainable_variables)  # Keras says what is wrong
         reducer.prepare(self, grads, variables)
         grads = reducer.complete(grads, variables)
+        if not grads:
+            return plain(self, grads, trainable_variables)
         if reducer.accumulator.passes > 1 or inner.defers:
             return plain(self, _agreed(grads, self.check_finite(grads), reducer), variables)
         grads = reducer.reduce(grads, variables)

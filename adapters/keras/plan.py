@@ -9,15 +9,9 @@ from typing import Any
 from hvdscale.errors import PlanError
 from hvdscale.keras.backend import verbs
 from hvdscale.keras.replicas import path_of
-from hvdscale.sync import EveryStep, Reduction
+from hvdscale.sync import EveryStep, Reduction, read_groups
 
 __all__ = ["Distribution"]
-
-_OPS = {
-    verbs.hvd.Average: "average",
-    verbs.hvd.Sum: "sum",
-    verbs.hvd.Adasum: "adasum",
-}
 
 
 @dataclass(frozen=True)
@@ -67,16 +61,12 @@ class Distribution:
             raise PlanError(
                 f"sync takes EveryStep() in this version, got {sync!r}. Leave it out for an all-reduce each step."
             )
-        if op not in _OPS:
-            raise PlanError(f"op must be hvd.Average, hvd.Sum or hvd.Adasum, got {op!r}.")
-        lists: tuple[tuple[Any, ...], ...] = ()
-        if groups is not None and not isinstance(groups, int):
-            lists, groups = tuple(tuple(group) for group in groups), None
+        number, lists = read_groups(groups)
         reduction = Reduction(
-            op=_OPS[op],  # type: ignore[arg-type]
+            op=verbs.op_name(op),
             predivide=predivide,
             passes=passes,
-            groups=groups or None,
+            groups=number,
             sparse_as_dense=sparse_as_dense,
         )
         return cls(reduction, lists, compression, process_set, average_passes, scale_local, name)
