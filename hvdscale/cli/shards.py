@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -79,6 +80,10 @@ def _run(arguments: argparse.Namespace) -> int:
         print(json.dumps(_figures(plan, after, move)))
         return 0
     print(plan.report())
+    if keys:
+        (key, times), *_ = (counted := Counter(keys)).most_common(1)
+        text = key.decode(errors="replace") if isinstance(key, bytes) else key
+        print(f"{len(counted):,} distinct keys; the most frequent, {text!r}, comes {times:,} times on its one shard.")
     if after is not None:
         print(f"\nResized to {after.shards} shards: {move}.\n{after.report()}")
     return 0

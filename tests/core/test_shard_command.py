@@ -49,6 +49,12 @@ def test_the_report_shows_sizes_bars_and_what_moves(keys_file: str, capsys: pyte
     assert "Resized to 4 shards: 50.00% of the samples move; the least possible is 50.00%" in shown
 
 
+def test_the_report_names_the_key_that_weighs_most(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "keys").write_text("a\nb\nb\nc\n")
+    assert main(["shards", str(tmp_path / "keys"), "--shards", "2"]) == 0
+    assert "3 distinct keys; the most frequent, 'b', comes 2 times" in capsys.readouterr().out
+
+
 def test_integer_lines_are_integer_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "users").write_text("".join(f"{i}\n" for i in range(300)))
     shown = figures(capsys, str(tmp_path / "users"), "--shards", "3", "--keys", "integers")

@@ -24,7 +24,7 @@ def samples(batches: list[Batch]) -> list[int]:
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(
-    ("n", "shards", "batch_size"), [(100, 3, 8), (96, 4, 8), (7, 3, 2), (70_001, 2, 33), (9, 1, 99)]
+    ("n", "shards", "batch_size"), [(100, 3, 8), (96, 4, 8), (17, 3, 2), (70_001, 2, 33), (9, 1, 9)]
 )
 class TestTails:
     def test_exact_reads_the_shard_in_order(self, policy: str, n: int, shards: int, batch_size: int) -> None:
