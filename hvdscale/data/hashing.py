@@ -79,6 +79,15 @@ def hash_blocks(keys: Keys, salt: np.uint64) -> Iterator[UInt64s]:
             yield _hash_items(_array_items(block), bytes, salt)
             continue
         items = block if isinstance(block, list) else list(block)
+        if kind in (None, str) and isinstance(items[0], str):
+            try:
+                hashes = _hash_strings(items, salt)  # fails at the first key of another kind: no need to look before
+            except TypeError:
+                _one_kind(items, kind, start)
+                raise
+            kind = str
+            yield hashes
+            continue
         kind = _one_kind(items, kind, start)
         yield _hash_items(items, kind, salt)
 
@@ -112,7 +121,11 @@ def _hash_strings(items: list[str], salt: np.uint64) -> UInt64s:
 
 
 def _one_kind(items: list[Any], kind: type | None, start: int) -> type:
-    """int, str or bytes: what all of ``items``, and those of the ``kind`` before them, are."""
+    """int, str or bytes: what all of ``items``, and those of the ``kind`` before them, are.
+
+    Raises:
+        PlanError: mixed kinds, or another.
+    """
     types = set(map(type, items))
     if len(types) == 1 and (only := next(iter(types))) in (int, str, bytes) and kind in (None, only):
         return only
