@@ -91,6 +91,8 @@ def test_a_sample_that_is_lost_repeated_or_replaced_breaks_the_certificate() -> 
     assert sums(lambda indices: indices[1:]) != plan.certificate()
     assert sums(lambda indices: np.append(indices, indices[0])) != plan.certificate()
     assert sums(lambda indices: np.append(indices[1:], (indices[0] + 1) % 1000)) != plan.certificate()
+    swapped = np.array([1, -1] + [0] * 8)  # two wrong samples whose plain sum is right
+    assert sums(lambda indices: (indices + swapped) % 1000) != plan.certificate()
 
 
 def test_what_is_fetched_ahead_is_not_delivered() -> None:
