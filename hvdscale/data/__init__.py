@@ -1,6 +1,9 @@
 """Which samples each rank reads."""
 
+from hvdscale.data.balancing import balance, rank_costs
 from hvdscale.data.held_out import split
+from hvdscale.data.packing import Packing, PackingReport, pack
 from hvdscale.data.plan import ShardPlan
+from hvdscale.data.streams import ShardStream
 
-__all__ = ["ShardPlan", "split"]
+__all__ = ["Packing", "PackingReport", "ShardPlan", "ShardStream", "balance", "pack", "rank_costs", "split"]

@@ -1,0 +1,88 @@
+"""What earlier runs of a stream have read: a number for each of their shards.
+
+Shard ``r`` of a run delivers its records by ascending position. So after ``reached[r]`` it has delivered exactly
+its records at positions below. That holds whatever the other shards did, and says all that a restart must know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hvdscale.data.types import Int64s
+from hvdscale.errors import StateError
+
+__all__ = ["Run", "first_open", "merge_states"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run over some number of shards: records of shard ``r`` at positions below ``reached[r]`` are delivered."""
+
+    reached: tuple[int, ...]
+
+    def delivered(self, positions: Int64s, owners: Callable[[int], Int64s]) -> npt.NDArray[np.bool_]:
+        """Whether this run delivered the records at ``positions``, or an earlier one had.
+
+        ``owners(shards)`` are their shards among so many.
+        """
+        return positions < np.array(self.reached, np.int64)[owners(len(self.reached))]
+
+
+def first_open(past: Sequence[Run]) -> int:
+    """All records at positions below this one are delivered."""
+    return min(past[-1].reached) if past else 0
+
+
+def merge_states(states: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> tuple[Run, ...]:
+    """The past of a stream named by ``facts``, from the states of all shards of its last run.
+
+    Raises:
+        StateError: a state of another stream or run, or not one state of each shard.
+    """
+    if not states:
+        raise StateError("A stream resumes from the states of all shards of its last run; there are none.")
+    for i, state in enumerate(states):
+        _check_state(i, state, facts)
+    shards, past = states[0]["shards"], states[0]["past"]
+    for i, state in enumerate(states):
+        if (state["shards"], state["past"]) != (shards, past):
+            raise StateError(
+                f"States are of one run; states 0 and {i} are of runs over {shards} and {state['shards']}"
+                f" shards that followed {len(past)} and {len(state['past'])} others, or other ones."
+            )
+    got = sorted(state["shard"] for state in states)
+    if got != list(range(shards)):
+        raise StateError(f"Each of the {shards} shards of the run has one state; these are of shards {got}.")
+    reached = {state["shard"]: state["reached"] for state in states}
+    last = Run(tuple(reached[shard] for shard in range(shards)))
+    # What an earlier run delivered beyond all that this one has: only that must still be known.
+    return (*(run for run in map(_as_run, past) if max(run.reached) > min(last.reached)), last)
+
+
+def _check_state(i: int, state: object, facts: Mapping[str, Any]) -> None:
+    if not isinstance(state, Mapping):
+        raise StateError(f"A state is a dictionary from state_dict(); state {i} is {state!r}.")
+    for name, value in facts.items():
+        if state.get(name) != value:
+            raise StateError(
+                f"State {i} is of another stream: its {name} is {state.get(name)!r}, that of this stream {value!r}."
+            )
+    numbers = {name: state.get(name) for name in ("shards", "shard", "reached")}
+    past = state.get("past")
+    if not all(_natural(value) for value in numbers.values()) or not (
+        isinstance(past, list) and all(isinstance(run, list) and run and all(map(_natural, run)) for run in past)
+    ):
+        raise StateError(f"State {i} is damaged: {numbers}, past {past!r}.")
+
+
+def _natural(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _as_run(reached: Sequence[int]) -> Run:
+    return Run(tuple(reached))
