@@ -16,7 +16,7 @@ import numpy.typing as npt
 from hvdscale.data.types import Int64s
 from hvdscale.errors import StateError
 
-__all__ = ["Run", "first_open", "merge_states"]
+__all__ = ["Run", "first_open", "merge_states", "read_state"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,16 @@ def merge_states(states: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) 
     return (*(run for run in map(_as_run, past) if max(run.reached) > min(last.reached)), last)
 
 
+def read_state(state: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[int, int]:
+    """Batches delivered, and the number reached, of a state named by ``facts``.
+
+    Raises:
+        StateError: it is a state of something else.
+    """
+    _check_state(0, state, facts)
+    return state["batches"], state["reached"]
+
+
 def _check_state(i: int, state: object, facts: Mapping[str, Any]) -> None:
     if not isinstance(state, Mapping):
         raise StateError(f"A state is a dictionary from state_dict(); state {i} is {state!r}.")
@@ -72,7 +82,7 @@ def _check_state(i: int, state: object, facts: Mapping[str, Any]) -> None:
             raise StateError(
                 f"State {i} is of another stream: its {name} is {state.get(name)!r}, that of this stream {value!r}."
             )
-    numbers = {name: state.get(name) for name in ("shards", "shard", "reached")}
+    numbers = {name: state.get(name) for name in ("shards", "shard", "batches", "reached")}
     past = state.get("past")
     if not all(_natural(value) for value in numbers.values()) or not (
         isinstance(past, list) and all(isinstance(run, list) and run and all(map(_natural, run)) for run in past)

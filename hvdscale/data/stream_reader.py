@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvdscale.data.stream_past import Run, first_open
+from hvdscale.data.stream_past import Run
 from hvdscale.data.stream_routes import Picked, Route, Tickets
 from hvdscale.data.types import Int64s
 
@@ -23,19 +23,21 @@ class StreamReader(Iterator[list[Any]]):
         self,
         route: Route,
         past: Sequence[Run],
-        shards: int,
+        facts: Mapping[str, Any],
         source: Callable[[int], Iterable[Any]],
-        shard: int,
         batch_size: int,
         every: int,
         first: int,
-        head: Mapping[str, Any],
+        *,
+        delivered: int,
+        reached: int,
     ) -> None:
-        self._route, self._past, self._shards, self._shard = route, tuple(past), shards, shard
+        """``facts`` name the stream, the run and the shard, in every state; the shard's records at positions below
+        ``reached`` are read already, in ``delivered`` batches."""
+        self._route, self._past, self._facts = route, tuple(past), dict(facts)
         self._batch_size, self._every, self._first = batch_size, every, first
-        self._head = dict(head)
-        self._reached = self._open = first_open(past)
-        self._batches = 0
+        self._open = self._reached = reached
+        self._before, self._batches = delivered, 0
         self._records = self._read(source)
 
     def __next__(self) -> list[Any]:
@@ -48,8 +50,7 @@ class StreamReader(Iterator[list[Any]]):
 
     def state_dict(self) -> dict[str, Any]:
         """Where this shard is after the batch last returned, as JSON. Records read ahead are not counted."""
-        past = [list(run.reached) for run in self._past]
-        return {**self._head, "batches": self._batches, "reached": self._reached, "past": past}
+        return {**self._facts, "batches": self._before + self._batches, "reached": self._reached}
 
     def _read(self, source: Callable[[int], Iterable[Any]]) -> Picked:
         start = self._open - self._open % self._route.span
@@ -63,7 +64,9 @@ class StreamReader(Iterator[list[Any]]):
         def owners(shards: int) -> Int64s:
             return self._route.owners(tickets, shards)
 
-        wanted: npt.NDArray[np.bool_] = (owners(self._shards) == self._shard) & (positions >= self._open)
+        wanted: npt.NDArray[np.bool_] = (owners(self._facts["shards"]) == self._facts["shard"]) & (
+            positions >= self._open
+        )
         for run in self._past:
             if int(positions.min(initial=0)) < max(run.reached):
                 wanted &= ~run.delivered(positions, owners)

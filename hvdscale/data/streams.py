@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from hvdscale.data.arguments import check_integer
 from hvdscale.data.hashing import derive_words
-from hvdscale.data.stream_past import Run, merge_states
+from hvdscale.data.stream_past import Run, first_open, merge_states, read_state
 from hvdscale.data.stream_reader import StreamReader
 from hvdscale.data.stream_routes import ByKey, InOrder, InWindows, Route
 from hvdscale.errors import PlanError
@@ -99,7 +99,14 @@ class ShardStream:
         )
 
     def reader(
-        self, source: Callable[[int], Iterable[Any]], shard: int, batch_size: int, *, every: int = 1, first: int = 0
+        self,
+        source: Callable[[int], Iterable[Any]],
+        shard: int,
+        batch_size: int,
+        *,
+        every: int = 1,
+        first: int = 0,
+        after: Mapping[str, Any] | None = None,
     ) -> StreamReader:
         """One pass over ``shard``, in batches: lists of ``batch_size`` records, the last one shorter.
 
@@ -109,9 +116,11 @@ class ShardStream:
             shard: whose records.
             batch_size: records in a batch.
             every, first: give batches ``first, first + every, ...`` only; for one of several workers of a shard.
+            after: a state of this shard in this run; goes on behind it. Batches are numbered from 0 again.
 
         Raises:
             PlanError: an argument out of its range.
+            StateError: ``after`` is of another stream, run or shard.
         """
         check_integer("shard", shard, 0, self.shards - 1)
         check_integer("batch_size", batch_size, 1)
@@ -122,8 +131,12 @@ class ShardStream:
                 "source is a function of the record to start at, such as lambda start: records[start:]; "
                 f"it is {source!r}."
             )
-        head = {"format": _FORMAT, **self._facts(), "shards": self.shards, "shard": shard}
-        return StreamReader(self._route(), self.past, self.shards, source, shard, batch_size, every, first, head)
+        facts = {"format": _FORMAT, **self._facts(), "shards": self.shards, "shard": shard}
+        facts["past"] = [list(run.reached) for run in self.past]
+        delivered, reached = (0, first_open(self.past)) if after is None else read_state(after, facts)
+        return StreamReader(
+            self._route(), self.past, facts, source, batch_size, every, first, delivered=delivered, reached=reached
+        )
 
     def resume(self, states: Sequence[Mapping[str, Any]], shards: int) -> ShardStream:
         """This stream over ``shards`` shards, without what was delivered already.

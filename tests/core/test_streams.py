@@ -202,6 +202,17 @@ class TestReaders:
         workers = [list(of.reader(source(data), 1, 4, every=3, first=first)) for first in range(3)]
         assert [batch for turn in itertools.zip_longest(*workers) for batch in turn if batch] == alone
 
+    def test_a_shard_goes_on_behind_a_state_of_its_own(self, policy: str) -> None:
+        of, data = stream(policy, 2), records(200)
+        alone = list(of.reader(source(data), 1, 4))
+        stopped = of.reader(source(data), 1, 4)
+        list(itertools.islice(stopped, 7))
+        again = of.reader(source(data), 1, 4, after=stopped.state_dict())
+        assert list(again) == alone[7:]
+        assert again.state_dict()["batches"] == len(alone)
+        with pytest.raises(StateError, match="its shard is 1, that of this stream 0"):
+            of.reader(source(data), 0, 4, after=stopped.state_dict())
+
     def test_the_next_epoch_starts_over(self, policy: str) -> None:
         of, data = stream(policy, 2), records(100)
         readers = [of.reader(source(data), shard, 4) for shard in range(2)]
