@@ -48,7 +48,7 @@ from horovod.torch import (
 )
 from horovod.torch.mpi_ops import is_homogeneous
 
-from hvdscale.data import ShardPlan, split
+from hvdscale.data import BalancedPlan, ShardPlan, ShardStream, pack, split
 from hvdscale.errors import BuildError, DesyncError, HvdscaleError, PlanError, StateError, TransportError, WorldError
 from hvdscale.sync import EveryStep, Reduction
 from hvdscale.torch import compression, elastic, functions, mpi_ops, optimizer, sync_batch_norm
@@ -66,6 +66,7 @@ from hvdscale.torch.collectives import (
     grouped_allgather,
     grouped_allgather_async,
 )
+from hvdscale.torch.data import shard_dataset
 from hvdscale.torch.gradients import reduce_gradients
 from hvdscale.torch.handles import (
     poll,
@@ -87,11 +88,14 @@ from hvdscale.torch.reductions import (
     sparse_allreduce_async,
 )
 from hvdscale.torch.runtime import init, runtime_settings, shutdown, world
+from hvdscale.torch.samplers import ShardedBatchSampler
+from hvdscale.torch.streaming import ShardedIterable
 from hvdscale.torch.sync import DistributedOptimizer
 
 __all__ = [
     "Adasum",
     "Average",
+    "BalancedPlan",
     "BuildError",
     "Compression",
     "DesyncError",
@@ -106,6 +110,9 @@ __all__ = [
     "Product",
     "Reduction",
     "ShardPlan",
+    "ShardStream",
+    "ShardedBatchSampler",
+    "ShardedIterable",
     "StateError",
     "Sum",
     "SyncBatchNorm",
@@ -160,6 +167,7 @@ __all__ = [
     "mpi_threads_supported",
     "nccl_built",
     "optimizer",
+    "pack",
     "poll",
     "rank",
     "reduce_gradients",
@@ -168,6 +176,7 @@ __all__ = [
     "remove_process_set",
     "rocm_built",
     "runtime_settings",
+    "shard_dataset",
     "shutdown",
     "size",
     "sparse_allreduce_async",

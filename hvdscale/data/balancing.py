@@ -12,13 +12,14 @@ import heapq
 import numpy as np
 import numpy.typing as npt
 
-from hvdscale.data.arguments import check_factor, check_integer, check_lengths
+from hvdscale.data.checks import integer
+from hvdscale.data.lengths import check_factor, check_lengths
 from hvdscale.data.types import Int64s
 from hvdscale.errors import PlanError
 
-__all__ = ["balance", "rank_costs"]
+__all__ = ["LONGEST", "balance", "rank_costs"]
 
-_LONGEST = 2**48  # its square, and the sum of as many as fit in memory, stay far inside float64
+LONGEST = 2**48  # its square, and the sum of as many as fit in memory, stay far inside float64
 _MOST_RANKS = 2**31 - 1
 _CLOSE_ENOUGH = 1.001  # refinement stops when no rank costs more than this times what one must cost
 _LEAST_GAIN = 1e-4  # an exchange must take this share off the most loaded rank
@@ -52,7 +53,7 @@ def balance(
     Raises:
         PlanError: an argument out of its range, or two factors that are both 0.
     """
-    ranks = check_integer("ranks", ranks, 1, _MOST_RANKS)
+    ranks = integer("ranks", ranks, 1, _MOST_RANKS)
     costs = _costs(lengths, linear, quadratic)
     order = np.argsort(-costs, kind="stable")
     owner = (_in_rounds if equal_counts else _longest_first)(costs, order, ranks)
@@ -73,7 +74,7 @@ def rank_costs(
     Raises:
         PlanError: an argument out of its range, or owners that do not fit the lengths.
     """
-    ranks = check_integer("ranks", ranks, 1, _MOST_RANKS)
+    ranks = integer("ranks", ranks, 1, _MOST_RANKS)
     costs = _costs(lengths, linear, quadratic)
     owners = np.asarray(owner)
     if owners.shape != costs.shape or (owners.size and owners.dtype.kind not in "iu"):
@@ -89,7 +90,7 @@ def _costs(lengths: npt.ArrayLike, linear: float, quadratic: float) -> Float64s:
     a, b = check_factor("linear", linear), check_factor("quadratic", quadratic)
     if a == 0 == b:
         raise PlanError("A sample costs linear * L + quadratic * L**2; both factors are 0, so nothing costs anything.")
-    tokens = check_lengths(lengths, _LONGEST).astype(np.float64)
+    tokens = check_lengths(lengths, LONGEST).astype(np.float64)
     return a * tokens + b * tokens * tokens
 
 

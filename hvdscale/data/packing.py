@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from hvdscale.data.arguments import check_integer, check_lengths
 from hvdscale.data.best_fit import best_fit
+from hvdscale.data.checks import integer
+from hvdscale.data.lengths import check_lengths
 from hvdscale.data.types import Int64s
 from hvdscale.errors import PlanError
 
@@ -98,7 +99,7 @@ class Packing:
 
     def pieces_of(self, block: int) -> Pieces:
         """The pieces in one block, in the order in which they lie there."""
-        b = check_integer("block", block, 0, len(self) - 1)
+        b = integer("block", block, 0, len(self) - 1)
         return Pieces(*(array[self.starts[b] : self.starts[b + 1]] for array in self.pieces))
 
     def places(self, blocks: npt.ArrayLike) -> Int64s:
@@ -210,7 +211,7 @@ def pack(lengths: npt.ArrayLike, block: int, method: PackMethod = "best-fit") ->
     Raises:
         PlanError: lengths that are no integers from 0, or another argument out of its range.
     """
-    block = check_integer("block", block, 1, _LONGEST_BLOCK)
+    block = integer("block", block, 1, _LONGEST_BLOCK)
     if method not in get_args(PackMethod):
         raise PlanError(f"method is one of {', '.join(map(repr, get_args(PackMethod)))}; it is {method!r}.")
     checked = check_lengths(lengths, _MOST_TOKENS // max(1, np.size(lengths)))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import compress
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from hvdscale.data.hashing import hash_keys, scale
+from hvdscale.data.hashed import owner_table
+from hvdscale.data.hashing import hash_keys
+from hvdscale.data.keys import hash_units, salt_of
 from hvdscale.data.permutation import Permutation
 from hvdscale.data.types import Int64s
 from hvdscale.errors import PlanError
@@ -81,16 +84,16 @@ class InWindows:
 
 @dataclass(frozen=True)
 class ByKey:
-    """Position is the record's number, the ticket its key's hash."""
+    """Position is the record's number, the ticket the unit of its key: as in a ``ShardPlan`` with the same seed."""
 
     key: Callable[[Any], int | str | bytes]
-    salt: np.uint64
+    seed: int
     span: ClassVar[int] = _AT_ONCE
 
     def pick(self, records: Iterator[Any], start: int, wanted: Wanted) -> Picked:
         read = list(records)
         try:
-            tickets = hash_keys([self.key(record) for record in read], self.salt)
+            tickets = hash_units(hash_keys([self.key(record) for record in read], salt_of(self.seed)))
         except PlanError as error:
             raise PlanError(f"Keys of records {start}..{start + len(read) - 1} of the stream: {error}") from None
         positions = np.arange(start, start + len(read), dtype=np.int64)
@@ -98,4 +101,9 @@ class ByKey:
         return zip(compress(read, mine.tolist()), positions[mine].tolist(), strict=True)
 
     def owners(self, tickets: Tickets, shards: int) -> Int64s:
-        return scale(tickets.astype(np.uint64), shards)
+        return _table(shards)[tickets]
+
+
+@lru_cache(maxsize=8)
+def _table(shards: int) -> Int64s:
+    return owner_table(((shards, None),)).astype(np.int64)

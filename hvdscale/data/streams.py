@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from hvdscale.data.arguments import check_integer
-from hvdscale.data.hashing import derive_words
+from hvdscale.data.checks import integer
 from hvdscale.data.stream_past import Run, first_open, merge_states, read_state
 from hvdscale.data.stream_reader import StreamReader
 from hvdscale.data.stream_routes import ByKey, InOrder, InWindows, Route
@@ -19,7 +18,7 @@ __all__ = ["ShardStream", "StreamPolicy"]
 StreamPolicy = Literal["ordered", "random", "hash"]
 
 _FORMAT = "stream-v1"
-_MOST_SHARDS = 2**31 - 1
+_MOST_SHARDS = 2**16 - 1
 _DEFAULT_WINDOW = 1 << 14
 _LARGEST_WINDOW = 1 << 30
 
@@ -36,7 +35,8 @@ class ShardStream:
     - ``"random"``: in windows of ``window`` records, each window in an order of its own, dealt out in turn. A record
       moves inside its window only: a stream sorted by class stays so but for that. A shard holds its part of one
       window in memory. The last window is short, and shards may differ by some records in it.
-    - ``"hash"``: by key, as ``key(record)``, so that equal keys share a shard. Source order. Shards are equal in
+    - ``"hash"``: by key, as ``key(record)``, so that equal keys share a shard: that of a hashed ``ShardPlan`` with
+      the same seed. Source order. Shards are equal in
       expectation only, and nothing can be known of skew before the stream ends.
 
     Args:
@@ -61,15 +61,15 @@ class ShardStream:
     """What earlier runs of this epoch read, as ``resume`` knows it from their states."""
 
     def __post_init__(self) -> None:
-        check_integer("shards", self.shards, 1, _MOST_SHARDS)
-        check_integer("seed", self.seed, 0)
-        check_integer("epoch", self.epoch, 0)
+        integer("shards", self.shards, 1, _MOST_SHARDS)
+        integer("seed", self.seed, 0)
+        integer("epoch", self.epoch, 0)
         if self.policy not in get_args(StreamPolicy):
             names = ", ".join(map(repr, get_args(StreamPolicy)))
             raise PlanError(f"policy is one of {names}; it is {self.policy!r}.")
         if self.policy == "random":
             window = _DEFAULT_WINDOW if self.window is None else self.window
-            object.__setattr__(self, "window", check_integer("window", window, 1, _LARGEST_WINDOW))
+            object.__setattr__(self, "window", integer("window", window, 1, _LARGEST_WINDOW))
         elif self.window is not None:
             raise PlanError(f'Only policy "random" uses a window; the policy is "{self.policy}". Leave window out.')
         if self.policy == "hash" and not callable(self.key):
@@ -122,10 +122,10 @@ class ShardStream:
             PlanError: an argument out of its range.
             StateError: ``after`` is of another stream, run or shard.
         """
-        check_integer("shard", shard, 0, self.shards - 1)
-        check_integer("batch_size", batch_size, 1)
-        check_integer("every", every, 1)
-        check_integer("first", first, 0, every - 1)
+        integer("shard", shard, 0, self.shards - 1)
+        integer("batch_size", batch_size, 1)
+        integer("every", every, 1)
+        integer("first", first, 0, every - 1)
         if not callable(source):
             raise PlanError(
                 "source is a function of the record to start at, such as lambda start: records[start:]; "
@@ -165,5 +165,5 @@ class ShardStream:
             return InWindows(self.window, ("stream", self.seed, self.epoch))
         if self.policy == "hash":
             assert self.key is not None
-            return ByKey(self.key, derive_words(1, "stream", self.seed)[0])
+            return ByKey(self.key, self.seed)
         return InOrder()

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvdscale.data import ShardStream
+from hvdscale.data import ShardPlan, ShardStream
 from hvdscale.errors import PlanError, StateError
 
 # stream-v1: the numbers of the first 20 records by shard, seed 5, windows of 8.
@@ -170,6 +170,12 @@ class TestHash:
         homes = Counter(key(record) for got in one for record in {key(r): r for r in got}.values())
         assert set(homes.values()) == {1}
 
+    def test_keys_share_the_shard_they_have_in_a_plan(self) -> None:
+        data = records(500)
+        plan = ShardPlan(500, 5, "hash", keys=[key(record) for record in data], seed=7)
+        for shard, got in enumerate(read(stream("hash", 5, seed=7), data)):
+            assert got == [data[i] for i in plan.indices(shard)]
+
     def test_source_order_is_kept(self) -> None:
         for got in read(stream("hash", 4), records(300)):
             numbers = [int(record.split("#")[1]) for record in got]
@@ -299,7 +305,7 @@ def test_a_state_of_another_window() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ShardStream(0), r"shards must be an integer in 1\.\.2147483647; it is 0"),
+        (lambda: ShardStream(0), r"shards must be an integer in 1\.\.65535; it is 0"),
         (lambda: ShardStream(2, "sorted"), "policy is one of 'ordered', 'random', 'hash'; it is 'sorted'"),
         (lambda: ShardStream(2, seed=-1), "seed must be an integer from 0; it is -1"),
         (lambda: ShardStream(2, epoch=0.5), "epoch must be an integer from 0; it is 0.5"),

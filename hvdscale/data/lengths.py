@@ -1,9 +1,8 @@
-"""Checks of arguments that many parts of this room take."""
+"""Checks of lengths, and of what a length costs."""
 
 from __future__ import annotations
 
 import math
-import operator
 
 import numpy as np
 import numpy.typing as npt
@@ -11,23 +10,7 @@ import numpy.typing as npt
 from hvdscale.data.types import Int64s
 from hvdscale.errors import PlanError
 
-__all__ = ["check_factor", "check_integer", "check_lengths"]
-
-
-def check_integer(name: str, value: object, low: int, high: int | None = None) -> int:
-    """``value`` as an int in ``low .. high``.
-
-    Raises:
-        PlanError: it is none.
-    """
-    limits = f"from {low}" if high is None else f"in {low}..{high}"
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or number < low or (high is not None and number > high):
-        raise PlanError(f"{name} must be an integer {limits}; it is {value!r}.")
-    return number
+__all__ = ["check_factor", "check_lengths"]
 
 
 def check_factor(name: str, value: object) -> float:
