@@ -141,7 +141,7 @@ def two_states() -> list[dict[str, Any]]:
         (lambda s: [s[0], s[1]["own"]], "State 1 is not that of a balanced reader"),
         (lambda s: [s[0], 3], "State 1 is not that of a balanced reader .*: 3"),
         (lambda s: s[:1], "shard"),
-        (lambda s: [], "no state|none|of all shards|every|each"),
+        (lambda s: [], "states of all shards, as a list; there are none"),
     ],
 )
 def test_states_that_do_not_fit(change: Any, message: str) -> None:
