@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from hvdscale.errors import PlanError
 
-__all__ = ["integer", "weights_for"]
+__all__ = ["integer", "one_of", "weights_for"]
 
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:
@@ -25,6 +25,12 @@ def integer(name: str, value: object, low: int, high: int | None = None) -> int:
     if number is None or isinstance(value, bool) or number < low or (high is not None and number > high):
         raise PlanError(f"{name} must be an integer {limits}; it is {value!r}.")
     return number
+
+
+def one_of(name: str, value: object, names: Sequence[str]) -> None:
+    """Raises PlanError where ``value`` is none of ``names``."""
+    if value not in names:
+        raise PlanError(f"{name} is one of {', '.join(map(repr, names))}; it is {value!r}.")
 
 
 def weights_for(shards: int, weights: Sequence[float] | None) -> tuple[float, ...] | None:

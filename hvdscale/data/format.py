@@ -52,7 +52,7 @@ def vectors() -> dict[str, list[int]]:
 
 def _order(n: int) -> list[int]:
     positions = np.unique(np.linspace(0, n - 1, min(n, 12)).astype(np.int64))
-    return Permutation(n, (7, 2))(positions).tolist()
+    return [int(sample) for sample in Permutation(n, (7, 2))(positions)]
 
 
 @lru_cache(maxsize=1)

@@ -75,26 +75,40 @@ def hash_blocks(keys: Keys, salt: np.uint64) -> Iterator[UInt64s]:
     kind: type | None = None
     for start in range(0, len(keys), _BLOCK):
         block = keys[start : start + _BLOCK]
-        items = block.tolist() if isinstance(block, np.ndarray) else list(block)
+        if isinstance(block, np.ndarray) and block.dtype.kind in "SU":
+            yield _hash_items(_array_items(block), bytes, salt)
+            continue
+        items = block if isinstance(block, list) else list(block)
         kind = _one_kind(items, kind, start)
         yield _hash_items(items, kind, salt)
+
+
+def _array_items(block: npt.NDArray[Any]) -> list[bytes]:
+    """A block of a string or bytes array as bytes."""
+    if block.dtype.kind == "S":
+        return block.tolist()  # type: ignore[no-any-return]
+    points = np.ascontiguousarray(block, block.dtype.newbyteorder("=")).view(np.uint32).reshape(len(block), -1)
+    if points.max(initial=0) < 128:  # ASCII: one byte each, far faster than string by string
+        return points.astype(np.uint8).view(f"S{points.shape[1]}").ravel().tolist()
+    return [item.encode("utf-8", "surrogatepass") for item in block.tolist()]
 
 
 def _hash_items(items: list[Any], kind: type, salt: np.uint64) -> UInt64s:
     if kind is int:
         return hash_integers(_integers(items), salt)
-    raw = np.fromiter(map(xxhash.xxh3_64_intdigest, _encoded(items, kind)), np.uint64, len(items))
+    if kind is str:
+        return _hash_strings(items, salt)
+    raw = np.fromiter(map(xxhash.xxh3_64_intdigest, items), np.uint64, len(items))
     return mix(np.bitwise_xor(raw, salt, out=raw))
 
 
-def _encoded(items: list[Any], kind: type) -> list[bytes]:
-    if kind is bytes:
-        return items
+def _hash_strings(items: list[str], salt: np.uint64) -> UInt64s:
     try:
-        return list(map(str.encode, items))
+        raw = np.fromiter(map(xxhash.xxh3_64_intdigest, map(str.encode, items)), np.uint64, len(items))
     except UnicodeEncodeError:
         # File names may hold bytes that are no UTF-8; Python keeps them as lone surrogates.
-        return [item.encode("utf-8", "surrogatepass") for item in items]
+        return _hash_items([item.encode("utf-8", "surrogatepass") for item in items], bytes, salt)
+    return mix(np.bitwise_xor(raw, salt, out=raw))
 
 
 def _one_kind(items: list[Any], kind: type | None, start: int) -> type:

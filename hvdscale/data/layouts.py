@@ -143,7 +143,8 @@ class Dealt:
 
     def place(self, positions: Int64s) -> tuple[Int64s, Int64s]:
         cells = self.source.cells(positions)
-        offsets, shards = np.divmod(cells, self.shards)
+        offsets = cells // self.shards
+        shards = cells - offsets * self.shards  # several times faster than a remainder
         return np.where(cells < 0, -1, shards), offsets
 
 

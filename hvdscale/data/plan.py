@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hvdscale.data.certificate import known_total
-from hvdscale.data.checks import integer, weights_for
+from hvdscale.data.checks import integer, one_of, weights_for
 from hvdscale.data.hashed import Hashed, moved_units, owner_table
 from hvdscale.data.hashing import hash_blocks
 from hvdscale.data.interruption import Interruption
@@ -78,12 +78,8 @@ class ShardPlan:
         n = integer("n, the number of samples,", self.n, 0, _MOST_SAMPLES)
         shards = integer("shards", self.shards, 1, _MOST_SHARDS)
         seed = integer("seed", self.seed, 0)
-        for name, value, names in (
-            ("policy", self.policy, get_args(PolicyName)),
-            ("tail", self.tail, get_args(TailName)),
-        ):
-            if value not in names:
-                raise PlanError(f"{name} is one of {', '.join(map(repr, names))}; it is {value!r}.")
+        one_of("policy", self.policy, get_args(PolicyName))
+        one_of("tail", self.tail, get_args(TailName))
         weights = weights_for(shards, self.weights)
         keys = self._hashed_keys(n, seed)
         checked: dict[str, object] = {"n": n, "shards": shards, "seed": seed, "weights": weights, "keys": keys}

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Reader"]
 
+_SUM_EVERY = 64  # batches
+
 
 class Reader:
     """Batches of one shard, without end. Made by ``ShardPlan.reader``.
@@ -36,6 +38,7 @@ class Reader:
         self._epoch = plan.first_epoch if epoch is None else integer("epoch", epoch, plan.first_epoch)
         self._step = 0
         self._sums: dict[int, int] = {}
+        self._unsummed: list[Int64s] = []
         self._stream: Iterator[Batch] | None = None
         if plan.tail == "drop" and plan.n and not self.steps(self._regular_epoch):
             sizes = plan.sizes(self._regular_epoch)
@@ -119,10 +122,12 @@ class Reader:
             raise StateError(
                 f"Sums are kept for {REMEMBERED_EPOCHS} epochs; epoch {epoch} is before epoch {self._epoch}."
             )
+        self._sum_up()
         return add_sums([self._sums.get(epoch, 0), self._read_before(epoch)])
 
     def state_dict(self) -> dict[str, Any]:
         """How far this reader has delivered, as JSON can hold it. ``ShardPlan.resume`` takes those of all shards."""
+        self._sum_up()
         delivered = self._delivered() if self._step else 0
         position = Position(self.shard, self.batch_size, self._epoch, self._step, delivered, self._sums)
         return make_state(self.plan, position)
@@ -135,6 +140,7 @@ class Reader:
         """
         own = check_own_state(state, self.plan, self.shard, self.batch_size)
         self._epoch, self._step, self._sums = own.epoch, own.step, dict(own.sums)
+        self._unsummed.clear()
         self._stream = None
 
     @property
@@ -170,13 +176,16 @@ class Reader:
 
     def _count(self, batch: Batch) -> None:
         self._step = batch.step + 1
-        self._add(batch.epoch, batch.indices[: batch.count])
+        self._unsummed.append(batch.indices[: batch.count].copy())  # hashed many together: it costs a fraction
+        if len(self._unsummed) >= _SUM_EVERY:
+            self._sum_up()
         if batch.last:
             self._end_epoch()
             self._skip_finished()
 
     def _end_epoch(self) -> None:
-        self._add(self._epoch, self.dropped())
+        self._unsummed.append(self.dropped())
+        self._sum_up()
         self._epoch, self._step = self._epoch + 1, 0
         self._sums.pop(self._epoch - 1 - REMEMBERED_EPOCHS, None)
 
@@ -185,9 +194,12 @@ class Reader:
         while self._epoch < self._regular_epoch and not self.steps():
             self._end_epoch()
 
-    def _add(self, epoch: int, samples: Int64s) -> None:
+    def _sum_up(self) -> None:
+        """Add what was delivered of this epoch since the last call to its sum."""
+        samples = np.concatenate([np.zeros(0, np.int64), *self._unsummed])
+        self._unsummed.clear()
         if len(samples):
-            self._sums[epoch] = add_sums([self._sums.get(epoch, 0), sum_of(samples)])
+            self._sums[self._epoch] = add_sums([self._sums.get(self._epoch, 0), sum_of(samples)])
 
     def _read_before(self, epoch: int) -> int:
         past = next((each for each in self.plan.interrupted if each.epoch == epoch), None)

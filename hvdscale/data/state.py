@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from hvdscale.data.certificate import REMEMBERED_EPOCHS, add_sums
-from hvdscale.data.checks import integer, weights_for
+from hvdscale.data.checks import integer, one_of, weights_for
 from hvdscale.data.format import FORMAT, fingerprint
 from hvdscale.data.interruption import Interruption, Leg
 from hvdscale.data.types import Int64s, Keys, PolicyName, Share, TailName
@@ -178,12 +178,14 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> Past:
         _same_plan("The first state's plan", states[0]["plan"], f"state {i}'s", state["plan"])
     plan = states[0]["plan"]
     try:
+        one_of("policy", plan["policy"], get_args(PolicyName))
+        one_of("tail", plan["tail"], get_args(TailName))
         shares = _shares(plan["shares"])
         past = Past(
             integer("n", plan["n"], 0),
-            _one_of("policy", plan["policy"], get_args(PolicyName)),
+            plan["policy"],
             integer("seed", plan["seed"], 0),
-            _one_of("tail", plan["tail"], get_args(TailName)),
+            plan["tail"],
             shares,
             str(plan["keys_digest"]),
             tuple(_interruption(each) for each in plan["interrupted"]),
@@ -274,9 +276,3 @@ def _shares(saved: Sequence[Sequence[Any]]) -> tuple[Share, ...]:
     if not found:
         raise PlanError("it has no shards")
     return found
-
-
-def _one_of(name: str, value: str, names: tuple[str, ...]) -> Any:
-    if value not in names:
-        raise PlanError(f"{name} is {value!r}, none of {names}")
-    return cast(Any, value)
