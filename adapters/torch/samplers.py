@@ -52,7 +52,7 @@ class ShardedBatchSampler(Sampler[list[int]]):
         self, plan: ShardPlan | BalancedPlan, batch_size: int, *, shard: int | None = None, epoch: int | None = None
     ) -> None:
         self.plan = plan
-        self.feed = Feed(plan.reader(own_shard(shard, plan.shards), batch_size, epoch))
+        self.feed = Feed(plan, own_shard(shard, plan.shards), batch_size, epoch)
 
     def __len__(self) -> int:
         """Batches left in this epoch."""

@@ -44,7 +44,7 @@ class ShardedIterable(IterableDataset[Any]):
         self.shard = own_shard(shard, stream.shards)
         self.after: Mapping[str, Any] | None = None
         self._collate = collate or default_collate
-        self._first_state = stream.reader(source, self.shard, batch_size).state_dict()  # checks the arguments too
+        self._state: Mapping[str, Any] = stream.reader(source, self.shard, batch_size).state_dict()
 
     def __iter__(self) -> Iterator[Any]:
         return (batch for batch, _ in self.stated())
@@ -61,16 +61,16 @@ class ShardedIterable(IterableDataset[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """How far the stream is delivered, as JSON; ``ShardStream.resume`` takes the states of all shards."""
-        return dict(self.after or self._first_state)
+        return dict(self._state)
 
     def deliver(self, state: Mapping[str, Any]) -> None:
         """Count all up to ``state`` as read: the next iteration starts behind it."""
-        self.after = state
+        self._state = self.after = state
 
     def finish(self) -> None:
         """End this pass: the next iteration is the stream's next epoch, from its start."""
+        self._state = {**self._state, "finished": True}
         self.stream, self.after = self.stream.next_epoch(), None
-        self._first_state = self.stream.reader(self.source, self.shard, self.batch_size).state_dict()
 
 
 class StatedIterable(IterableDataset[Any]):

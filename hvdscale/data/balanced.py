@@ -68,6 +68,10 @@ class BalancedPlan:
     def shards(self) -> int:
         return self.plan.shards
 
+    @property
+    def first_epoch(self) -> int:
+        return self.plan.first_epoch
+
     def owners(self, lengths: npt.ArrayLike) -> npt.NDArray[np.int32]:
         """The rank of each sample of a global batch with these lengths: int32[batch]."""
         return balance(lengths, self.shards, self.linear, self.quadratic, self.equal_counts)
@@ -125,7 +129,7 @@ class BalancedReader:
     def __init__(self, plan: BalancedPlan, shard: int, batch_size: int, epoch: int | None) -> None:
         self.plan, self.shard = plan, shard
         self._readers = [plan.plan.reader(each, batch_size, epoch) for each in range(plan.shards)]
-        self._epoch, self._step = self._readers[shard].epoch, 0
+        self._epoch, self._step = min(reader.epoch for reader in self._readers), 0
         self._delivered = 0
         self._drawn: deque[tuple[Batch, _Step]] = deque()
         self._stream: Iterator[Batch] | None = None

@@ -9,11 +9,20 @@ from typing import Any, Protocol
 from hvdscale.data.batch import Batch
 from hvdscale.errors import PlanError
 
-__all__ = ["BatchReader", "Feed"]
+__all__ = ["BatchPlan", "BatchReader", "Feed"]
+
+
+class BatchPlan(Protocol):
+    """What a feed asks of a plan: ``ShardPlan`` and ``BalancedPlan`` are such."""
+
+    @property
+    def first_epoch(self) -> int: ...
+
+    def reader(self, shard: int, batch_size: int, epoch: int | None = None) -> BatchReader: ...
 
 
 class BatchReader(Protocol):
-    """What a feed asks of a reader: ``ShardPlan.reader`` and ``BalancedPlan.reader`` give one."""
+    """What a feed asks of a reader."""
 
     @property
     def epoch(self) -> int: ...
@@ -31,17 +40,18 @@ class BatchReader(Protocol):
 
 
 class Feed:
-    """Passes over a reader's epochs, for a loader that iterates one epoch at a time.
+    """Passes over the epochs of a shard's reader, for a loader that iterates one epoch at a time.
 
     A pass draws batches with ``batches()`` and counts each with ``deliver()`` when it is handed out. A pass that is
-    left early is not over: the next one starts behind the last delivered batch. ``finish()`` ends it.
+    left early is not over: the next one starts behind the last delivered batch. ``finish()`` ends it. Passes of all
+    shards are over the same epochs: where a shard has nothing to read in one, its pass is empty.
     """
 
-    def __init__(self, reader: BatchReader) -> None:
-        self.reader = reader
+    def __init__(self, plan: BatchPlan, shard: int, batch_size: int, epoch: int | None = None) -> None:
+        self.reader = plan.reader(shard, batch_size, epoch)
         self.batch: Batch | None = None
         """The batch delivered last."""
-        self._epoch = reader.epoch
+        self._epoch = plan.first_epoch if epoch is None else epoch
         self._drawn: deque[Batch] = deque()
 
     @property
@@ -58,7 +68,7 @@ class Feed:
     def batches(self) -> Iterator[Batch]:
         """The rest of this pass. What an earlier call drew and nobody delivered is drawn again."""
         self._drawn.clear()
-        for batch in self.reader.ahead(self._epoch - self.reader.epoch + 1):
+        for batch in self.reader.ahead(max(0, self._epoch - self.reader.epoch + 1)):
             if batch.epoch == self._epoch:
                 self._drawn.append(batch)
                 yield batch

@@ -38,8 +38,8 @@ def first_open(past: Sequence[Run]) -> int:
     return min(past[-1].reached) if past else 0
 
 
-def merge_states(states: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> tuple[Run, ...]:
-    """The past of a stream named by ``facts``, from the states of all shards of its last run.
+def merge_states(states: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> tuple[int, tuple[Run, ...]]:
+    """The epoch to go on in, and its past, of a stream named by ``facts``, from the states of all shards of a run.
 
     Raises:
         StateError: a state of another stream or run, or not one state of each shard.
@@ -48,20 +48,21 @@ def merge_states(states: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) 
         raise StateError("A stream resumes from the states of all shards of its last run; there are none.")
     for i, state in enumerate(states):
         _check_state(i, state, facts)
-    shards, past = states[0]["shards"], states[0]["past"]
+    first = _run_of(states[0])
     for i, state in enumerate(states):
-        if (state["shards"], state["past"]) != (shards, past):
-            raise StateError(
-                f"States are of one run; states 0 and {i} are of runs over {shards} and {state['shards']}"
-                f" shards that followed {len(past)} and {len(state['past'])} others, or other ones."
-            )
+        if _run_of(state) != first:
+            raise StateError(f"States are of one run and epoch; state 0 is of {first}, state {i} of {_run_of(state)}.")
+    shards = states[0]["shards"]
     got = sorted(state["shard"] for state in states)
     if got != list(range(shards)):
         raise StateError(f"Each of the {shards} shards of the run has one state; these are of shards {got}.")
+    if all(state["finished"] for state in states):
+        return states[0]["epoch"] + 1, ()
     reached = {state["shard"]: state["reached"] for state in states}
     last = Run(tuple(reached[shard] for shard in range(shards)))
     # What an earlier run delivered beyond all that this one has: only that must still be known.
-    return (*(run for run in map(_as_run, past) if max(run.reached) > min(last.reached)), last)
+    earlier = [Run(tuple(run)) for run in states[0]["past"]]
+    return states[0]["epoch"], (*(run for run in earlier if max(run.reached) > min(last.reached)), last)
 
 
 def read_state(state: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[int, int]:
@@ -82,17 +83,18 @@ def _check_state(i: int, state: object, facts: Mapping[str, Any]) -> None:
             raise StateError(
                 f"State {i} is of another stream: its {name} is {state.get(name)!r}, that of this stream {value!r}."
             )
-    numbers = {name: state.get(name) for name in ("shards", "shard", "batches", "reached")}
-    past = state.get("past")
-    if not all(_natural(value) for value in numbers.values()) or not (
+    numbers = {name: state.get(name) for name in ("epoch", "shards", "shard", "batches", "reached")}
+    past, finished = state.get("past"), state.get("finished")
+    whole = all(_natural(value) for value in numbers.values()) and isinstance(finished, bool)
+    if not whole or not (
         isinstance(past, list) and all(isinstance(run, list) and run and all(map(_natural, run)) for run in past)
     ):
-        raise StateError(f"State {i} is damaged: {numbers}, past {past!r}.")
+        raise StateError(f"State {i} is damaged: {numbers}, finished {finished!r}, past {past!r}.")
+
+
+def _run_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: state[name] for name in ("epoch", "shards", "past")}
 
 
 def _natural(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _as_run(reached: Sequence[int]) -> Run:
-    return Run(tuple(reached))

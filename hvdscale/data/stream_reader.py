@@ -37,7 +37,7 @@ class StreamReader(Iterator[list[Any]]):
         self._route, self._past, self._facts = route, tuple(past), dict(facts)
         self._batch_size, self._every, self._first = batch_size, every, first
         self._open = self._reached = reached
-        self._before, self._batches = delivered, 0
+        self._before, self._batches, self._finished = delivered, 0, False
         self._records = self._read(source)
 
     def __next__(self) -> list[Any]:
@@ -46,11 +46,13 @@ class StreamReader(Iterator[list[Any]]):
             self._batches += 1
             if (self._batches - 1) % self._every == self._first:
                 return [record for record, _ in batch]
+        self._finished = True
         raise StopIteration
 
     def state_dict(self) -> dict[str, Any]:
         """Where this shard is after the batch last returned, as JSON. Records read ahead are not counted."""
-        return {**self._facts, "batches": self._before + self._batches, "reached": self._reached}
+        delivered = {"batches": self._before + self._batches, "reached": self._reached, "finished": self._finished}
+        return {**self._facts, **delivered}
 
     def _read(self, source: Callable[[int], Iterable[Any]]) -> Picked:
         start = self._open - self._open % self._route.span

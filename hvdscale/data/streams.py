@@ -132,6 +132,7 @@ class ShardStream:
                 f"it is {source!r}."
             )
         facts = {"format": _FORMAT, **self._facts(), "shards": self.shards, "shard": shard}
+        facts["epoch"] = self.epoch
         facts["past"] = [list(run.reached) for run in self.past]
         delivered, reached = (0, first_open(self.past)) if after is None else read_state(after, facts)
         return StreamReader(
@@ -139,25 +140,28 @@ class ShardStream:
         )
 
     def resume(self, states: Sequence[Mapping[str, Any]], shards: int) -> ShardStream:
-        """This stream over ``shards`` shards, without what was delivered already.
+        """This stream over ``shards`` shards, without what was delivered already, in the epoch of the states.
+
+        Where all shards had come to the end of the stream, that is the next epoch.
 
         Args:
             states: ``state_dict()`` of the reader of every shard of the stopped run, in any order. Shards may have
-                got differently far.
+                got differently far in one epoch.
             shards: the new number of shards.
 
         Raises:
-            StateError: states of another stream, seed, window, epoch or version; or not one of each shard.
+            StateError: states of another stream, seed, window or version, of several epochs, or not one of each shard.
             PlanError: ``shards`` out of its range.
         """
-        return dataclasses.replace(self, shards=shards, past=merge_states(states, {"format": _FORMAT, **self._facts()}))
+        epoch, past = merge_states(states, {"format": _FORMAT, **self._facts()})
+        return dataclasses.replace(self, shards=shards, epoch=epoch, past=past)
 
     def next_epoch(self) -> ShardStream:
         """The same stream for the pass after this one, from its start."""
         return dataclasses.replace(self, epoch=self.epoch + 1, past=())
 
     def _facts(self) -> dict[str, Any]:
-        return {"policy": self.policy, "window": self.window, "seed": self.seed, "epoch": self.epoch}
+        return {"policy": self.policy, "window": self.window, "seed": self.seed}
 
     def _route(self) -> Route:
         if self.policy == "random":

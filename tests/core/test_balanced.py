@@ -27,7 +27,7 @@ def balanced(n: int, shards: int, policy: str = "random", tail: str = "exact", *
 
 def epoch_of(plan: BalancedPlan, batch_size: int, epoch: int = 0) -> list[list[Batch]]:
     """For each rank its batches of one epoch."""
-    return [list(plan.reader(shard, batch_size, epoch).ahead(1)) for shard in range(plan.shards)]
+    return [list(Feed(plan, shard, batch_size, epoch).batches()) for shard in range(plan.shards)]
 
 
 def samples(batches: list[Batch]) -> list[int]:
@@ -97,12 +97,12 @@ def test_exactly_once_over_stops_with_any_number_of_ranks(
     """Each run: so many ranks, so large batches, so many steps before the stop."""
     plan, read = balanced(n, runs[0][0], policy), []
     for i, (shards, batch_size, steps) in enumerate(runs):
-        readers = [plan.reader(shard, batch_size) for shard in range(shards)]
-        for reader in readers:
-            for batch in itertools.islice(reader.ahead(1), steps):
-                reader.deliver(batch)
+        feeds = [Feed(plan, shard, batch_size) for shard in range(shards)]
+        for feed in feeds:
+            for batch in itertools.islice(feed.batches(), steps):
+                feed.deliver()
                 read += batch.indices.tolist()
-        states = json.loads(json.dumps([reader.state_dict() for reader in readers]))
+        states = json.loads(json.dumps([feed.state_dict() for feed in feeds]))
         plan = plan.resume(states, runs[i + 1][0] if i + 1 < len(runs) else 2)
         if plan.plan.first_epoch > 0:
             assert sorted(read) == list(range(n))
@@ -173,7 +173,7 @@ class TestFeed:
     @pytest.mark.parametrize("kind", ["plan", "balanced"])
     def test_only_what_is_delivered_counts(self, kind: str) -> None:
         plan = balanced(60, 2)
-        feed = Feed((plan if kind == "balanced" else plan.plan).reader(0, 4))
+        feed = Feed(plan if kind == "balanced" else plan.plan, 0, 4)
         drawn = list(itertools.islice(feed.batches(), 5))
         before = feed.state_dict()
         assert [feed.deliver() is batch for batch in drawn[:2]] == [True, True]
@@ -183,7 +183,7 @@ class TestFeed:
         assert (again.step, again.indices.tolist()) == (2, drawn[2].indices.tolist())
 
     def test_a_pass_is_an_epoch(self) -> None:
-        feed = Feed(ShardPlan(20, 2, seed=1).reader(1, 4))
+        feed = Feed(ShardPlan(20, 2, seed=1), 1, 4)
         for epoch in range(3):
             assert (feed.epoch, len(feed)) == (epoch, 3)
             for batch in feed.batches():
@@ -193,13 +193,33 @@ class TestFeed:
             feed.finish()
 
     def test_passes_go_on_where_a_shard_has_nothing(self) -> None:
-        feed = Feed(ShardPlan(1, 2, "ordered").reader(1, 4))
+        feed = Feed(ShardPlan(1, 2, "ordered"), 1, 4)
         for epoch in range(3):
             assert (feed.epoch, list(feed.batches()), len(feed)) == (epoch, [], 0)
             feed.finish()
 
+    @pytest.mark.parametrize("kind", ["plan", "balanced"])
+    def test_passes_of_all_shards_stay_over_the_same_epochs(self, kind: str) -> None:
+        """Also after a stop that left one shard nothing of the epoch."""
+        plan = balanced(40, 2)
+        readers = [plan.plan.reader(shard, 4) for shard in range(2)]
+        for _ in range(5):
+            next(readers[1])
+        rest = ShardPlan.resume([reader.state_dict() for reader in readers])
+        whole = BalancedPlan(rest, plan.lengths) if kind == "balanced" else rest
+        feeds = [Feed(whole, shard, 4) for shard in range(2)]
+        for epoch, count in enumerate((20, 40)):
+            got = []
+            for feed in feeds:
+                assert feed.epoch == epoch
+                for batch in feed.batches():
+                    feed.deliver()
+                    got += batch.indices.tolist()
+                feed.finish()
+            assert len(set(got)) == len(got) == count
+
     def test_an_order_that_cannot_be(self) -> None:
-        feed = Feed(ShardPlan(20, 2).reader(1, 4))
+        feed = Feed(ShardPlan(20, 2), 1, 4)
         with pytest.raises(PlanError, match="delivered after it is drawn; none is waiting in epoch 0"):
             feed.deliver()
         next(feed.batches())
