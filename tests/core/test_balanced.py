@@ -181,6 +181,7 @@ class TestFeed:
         assert len(feed) == feed.reader.steps() - 2
         again = next(feed.batches())
         assert (again.step, again.indices.tolist()) == (2, drawn[2].indices.tolist())
+        assert feed.deliver() is again
 
     def test_a_pass_is_an_epoch(self) -> None:
         feed = Feed(ShardPlan(20, 2, seed=1), 1, 4)
@@ -212,9 +213,12 @@ class TestFeed:
             got = []
             for feed in feeds:
                 assert feed.epoch == epoch
+                batches = len(feed)
                 for batch in feed.batches():
                     feed.deliver()
                     got += batch.indices.tolist()
+                    batches -= 1
+                assert batches == 0
                 feed.finish()
             assert len(set(got)) == len(got) == count
 
