@@ -11,19 +11,23 @@ require_horovod("torch")
 # ruff: noqa: E402
 from horovod.torch import allgather_object, broadcast_object
 
-from hvdscale.data import ShardPlan, split
+from hvdscale.data import BalancedPlan, ShardPlan, ShardStream, pack, split
 from hvdscale.errors import BuildError, DesyncError, HvdscaleError, PlanError, StateError, TransportError, WorldError
 from hvdscale.sync import EveryStep, Reduction
 from hvdscale.torch import common, compression, elastic, functions, mpi_ops, optimizer, sync_batch_norm
 from hvdscale.torch.batch_norm import SyncBatchNorm
 from hvdscale.torch.broadcast import broadcast_optimizer_state, broadcast_parameters
 from hvdscale.torch.common import *  # noqa: F403
+from hvdscale.torch.data import shard_dataset
 from hvdscale.torch.gradients import reduce_gradients
 from hvdscale.torch.runtime import runtime_settings, world
+from hvdscale.torch.samplers import ShardedBatchSampler
+from hvdscale.torch.streaming import ShardedIterable
 from hvdscale.torch.sync import DistributedOptimizer
 
 __all__ = [
     *common.__all__,
+    "BalancedPlan",
     "BuildError",
     "DesyncError",
     "DistributedOptimizer",
@@ -32,6 +36,9 @@ __all__ = [
     "PlanError",
     "Reduction",
     "ShardPlan",
+    "ShardStream",
+    "ShardedBatchSampler",
+    "ShardedIterable",
     "StateError",
     "SyncBatchNorm",
     "TransportError",
@@ -45,8 +52,10 @@ __all__ = [
     "functions",
     "mpi_ops",
     "optimizer",
+    "pack",
     "reduce_gradients",
     "runtime_settings",
+    "shard_dataset",
     "split",
     "sync_batch_norm",
     "world",
