@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import keras
@@ -218,7 +219,9 @@ class _Distributed:
 
     def build(self, variables: Sequence[Any]) -> None:
         self._hvdscale.share_early()  # first: some optimizers start from the weights
-        super().build(variables)  # type: ignore[misc]
+        # Now, not in a graph being traced, where they would start from zeros.
+        with verbs.eager() if verbs.initialised(variables) else nullcontext():
+            super().build(variables)  # type: ignore[misc]
 
     def register_local_var(self, var: Any) -> None:
         """Keep each rank's own gradients for this variable."""
