@@ -18,7 +18,7 @@ __all__ = ["BroadcastGlobalVariablesCallback", "MetricAverageCallback"]
 _World = verbs.hvd.global_process_set
 
 
-class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):  # type: ignore[misc]
+class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
     """Copy the model's weights and the optimizer's state from one rank before the first step of ``fit``.
 
     A model that its first batch builds is shared when that has built it, before it is computed. Seed generators
@@ -83,7 +83,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):  # type: ignor
         self.broadcast_done = True
 
 
-class MetricAverageCallback(keras.callbacks.Callback):  # type: ignore[misc]
+class MetricAverageCallback(keras.callbacks.Callback):
     """Replace the metrics of an epoch, validation included, by their averages over ranks.
 
     They are replaced in place: callbacks that come later in the list see the averages. A metric that is

@@ -21,7 +21,7 @@ _exchanging = itertools.count()
 
 
 @keras.saving.register_keras_serializable("hvdscale")
-class SyncBatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
+class SyncBatchNormalization(keras.layers.BatchNormalization):
     """``keras.layers.BatchNormalization`` whose mean and variance in training are those of all ranks' batches.
 
     Ranks may have batches of different sizes, also none: every sample counts the same. The result and the gradients

@@ -14,7 +14,7 @@ from hvdscale.keras.backend import verbs
 __all__ = ["BestModelCheckpoint"]
 
 
-class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
+class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
     """Save the model where the monitored metric, averaged over ranks, is the best so far.
 
     Only rank 0 writes; the others wait until the file is there. The file holds the plain optimizer.

@@ -26,7 +26,7 @@ __all__ = [
 run = verbs.hvd.elastic.run
 
 
-class KerasState(ExactValues, ObjectState):  # type: ignore[misc]
+class KerasState(ExactValues, ObjectState):
     """A model, its optimizer and further values: saved in memory, restored after a failure, shared by rank 0.
 
     Args:
@@ -42,7 +42,7 @@ class KerasState(ExactValues, ObjectState):  # type: ignore[misc]
 
     def __init__(self, model: Any, optimizer: Any = None, **kwargs: Any) -> None:
         self.model = model
-        self.optimizer = optimizer if optimizer is not None else getattr(model, "optimizer", None)
+        self.optimizer: Any = optimizer if optimizer is not None else getattr(model, "optimizer", None)
         if not model.built:
             raise PlanError(f"Model {model.name!r} has no variables yet. Call model.build(input_shape) first.")
         if self.optimizer is None:
@@ -81,7 +81,7 @@ class KerasState(ExactValues, ObjectState):  # type: ignore[misc]
         self._kept = [np.array(keras.ops.convert_to_numpy(v)) for v in self._variables()]
 
 
-class CommitStateCallback(keras.callbacks.Callback):  # type: ignore[misc]
+class CommitStateCallback(keras.callbacks.Callback):
     """Commit ``state`` every ``batches_per_commit`` batches and at the end of every epoch.
 
     With ``steps_per_execution`` it looks only after each execution.
@@ -106,7 +106,7 @@ class CommitStateCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self.state.commit()
 
 
-class UpdateBatchStateCallback(keras.callbacks.Callback):  # type: ignore[misc]
+class UpdateBatchStateCallback(keras.callbacks.Callback):
     """Keep ``state.batch`` at the number of the last finished batch of the epoch; 0 between epochs.
 
     Place it before ``CommitStateCallback``. To continue inside an epoch, pass
@@ -124,7 +124,7 @@ class UpdateBatchStateCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self.state.batch = 0
 
 
-class UpdateEpochStateCallback(keras.callbacks.Callback):  # type: ignore[misc]
+class UpdateEpochStateCallback(keras.callbacks.Callback):
     """Keep ``state.epoch`` at the number of finished epochs, counted over restarts.
 
     ``fit`` may be called with ``initial_epoch=state.epoch`` or for the epochs that are left; both count right.

@@ -16,7 +16,7 @@ from hvdscale.keras.backend import verbs
 __all__ = ["LearningRateScheduleCallback", "LearningRateWarmupCallback"]
 
 
-class LearningRateScheduleCallback(keras.callbacks.Callback):  # type: ignore[misc]
+class LearningRateScheduleCallback(keras.callbacks.Callback):
     """Set the learning rate to ``initial_lr * multiplier(epoch)`` between two epochs.
 
     Momentum correction (section 3 of the paper): where the rate changes by a factor, the velocities change by

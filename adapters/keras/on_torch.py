@@ -130,4 +130,4 @@ class _GatherRows(torch.autograd.Function):
 
 def gather_rows(row: Any, process_set: Any, name: str) -> Any:
     """``[k]`` of each rank -> ``[ranks, k]``. What depends on this rank's row is summed over all ranks' losses."""
-    return _GatherRows.apply(row, process_set, name)  # type: ignore[no-untyped-call]
+    return _GatherRows.apply(row, process_set, name)

@@ -84,7 +84,8 @@ def DistributedOptimizer(
         warnings.warn("num_groups is now called groups.", DeprecationWarning, stacklevel=2)
         groups = num_groups if groups is None else groups
     _check(optimizer)
-    kind = type(optimizer).__name__
+    base: Any = type(optimizer)
+    kind = base.__name__
     plan = Distribution.of(
         op=op,
         predivide=gradient_predivide_factor,
@@ -103,7 +104,7 @@ def DistributedOptimizer(
     reducer = Reducer(plan, kind, model)
     # Past the setattr of Keras and TensorFlow: this is no state to track or save.
     object.__setattr__(optimizer, "_hvdscale", reducer)
-    object.__setattr__(optimizer, "__class__", _distributed(type(optimizer)))
+    object.__setattr__(optimizer, "__class__", _distributed(base))
     reducer.share_first()
     return optimizer
 
@@ -236,7 +237,7 @@ def _distributed(base: type) -> type:
         arguments = {} if custom_objects is None else {"custom_objects": custom_objects}
         return base.from_config(config, **arguments)  # type: ignore[attr-defined]
 
-    disguise = {
+    disguise: dict[str, Any] = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,

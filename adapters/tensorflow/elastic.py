@@ -56,7 +56,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class TensorFlowState(ExactValues, ObjectState):  # type: ignore[misc]
+class TensorFlowState(ExactValues, ObjectState):
     """The state of a list of variables, and any further values given by name.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import tensorflow as tf
 
@@ -11,7 +11,7 @@ from hvdscale.tensorflow.wire import as_variable
 
 __all__ = ["Gradient", "in_kind", "kind_of"]
 
-Gradient = tf.Tensor | tf.IndexedSlices | None
+Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices | None
 
 
 def kind_of(gradient: Gradient) -> Kind:

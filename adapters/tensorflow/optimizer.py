@@ -94,7 +94,7 @@ def DistributedOptimizer(
             f"backward_passes_per_step={backward_passes_per_step} needs a graph with a TensorFlow 1 optimizer. "
             "Add gradients up yourself, or use hvdscale.keras.DistributedOptimizer."
         )
-    sync = GradientSync(
+    reduce = GradientSync(
         "DistributedOptimizer",
         device_dense=device_dense,
         device_sparse=device_sparse,
@@ -112,7 +112,7 @@ def DistributedOptimizer(
     if backward_passes_per_step != 1:
         aggregation = LocalGradientAggregationHelper(
             backward_passes_per_step,
-            lambda gradients, variables: sync(gradients, variables),
+            lambda gradients, variables: reduce(gradients, variables),
             sparse_as_dense,
             average_aggregated_gradients,
             rank(),
@@ -121,7 +121,7 @@ def DistributedOptimizer(
             scale_local_gradients,
             name,
         )
-    return _DistributedOptimizer(optimizer, name, use_locking, sync, aggregation)
+    return _DistributedOptimizer(optimizer, name, use_locking, reduce, aggregation)
 
 
 class _DistributedOptimizer(tf.compat.v1.train.Optimizer):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral
+from operator import index
 from typing import Any, Literal
 
 from hvdscale.errors import PlanError
@@ -88,8 +89,8 @@ def read_groups(groups: Any) -> tuple[int | None, tuple[tuple[Any, ...], ...]]:
     """
     if groups is None:
         return None, ()
-    if isinstance(groups, Integral) and not isinstance(groups, bool) and groups > 0:
-        return int(groups), ()
+    if isinstance(groups, Integral) and not isinstance(groups, bool) and index(groups) > 0:
+        return index(groups), ()
     lists = _lists(groups)
     if lists is None:
         raise PlanError(
