@@ -8,7 +8,7 @@ from hvdscale.runtime.channel import Channel
 from hvdscale.sync.tensors import Tensors
 from hvdscale.update.outer import Float32s
 
-__all__ = ["Aside", "reset"]
+__all__ = ["Aside"]
 
 
 class Aside:
@@ -42,12 +42,6 @@ class Aside:
             self.values[variance] -= np.square(self.values[mean])
             np.maximum(self.values[variance], 0, out=self.values[variance])
         self._tensors.write(self._positions, self.values)
-
-
-def reset(tensors: Tensors) -> None:
-    """Each tensor becomes zero."""
-    size = sum(spec.size for spec in tensors.specs)
-    tensors.write(range(len(tensors.specs)), np.zeros(size, np.float32))
 
 
 def _read_all(tensors: Tensors) -> Float32s:

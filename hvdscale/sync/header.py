@@ -37,6 +37,7 @@ class Header:
         finite: its pseudo-gradient holds no NaN and no infinity.
         square: sum of squares of the pseudo-gradient.
         loss: mean training loss since the last round; NaN if it was not told.
+        beside: values of buffers and moments that are averaged beside the weights.
     """
 
     round: int
@@ -47,15 +48,16 @@ class Header:
     finite: bool
     square: float
     loss: float
+    beside: int
 
     def row(self) -> Float64s:
-        """float64[8]."""
+        """float64[9]."""
         return np.array(astuple(self), np.float64)
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """All ranks' headers, ``table`` float64[ranks, 8], checked to be about the same round.
+    """All ranks' headers, ``table`` float64[ranks, 9], checked to be about the same round.
 
     Raises:
         DesyncError: they are not; with the same text on every rank.
@@ -66,6 +68,7 @@ class Meeting:
 
     def __post_init__(self) -> None:
         rounds, fragments, phases, steps = self.table[:, :4].T.astype(int)
+        beside = self.table[:, 8].astype(int)
         training = steps[phases == Phase.TRAINING]
         if max(map(len, map(set, (rounds, fragments, training)))) > 1 or Phase.FINISHING in phases[phases != phases[0]]:
             lines = [
@@ -78,6 +81,12 @@ class Meeting:
                 "Ranks came to different rounds:\n" + "\n".join(lines) + "\n"
                 "Every rank must step its optimizers in the same order, with the same plan and the same schedule. "
                 "A rank that has run out of data calls optimizer.sync.flush()."
+            )
+        if len(set(beside)) > 1:
+            lines = [f"  rank {rank}: {count} values" for rank, count in zip(self.ranks, beside, strict=True)]
+            raise DesyncError(
+                "Ranks hold different buffers or optimizer moments to average:\n" + "\n".join(lines) + "\n"
+                "Give every rank the same model, and let each make a step before the first round."
             )
 
     @property

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from hvdscale.runtime.channel import Channel
-from hvdscale.sync.aside import Aside, reset
+from hvdscale.sync.aside import Aside
 from hvdscale.sync.calendar import Calendar
 from hvdscale.sync.fragments import cut
 from hvdscale.sync.header import Header, Meeting, Phase
@@ -99,6 +99,7 @@ class Rounds:
         self._begun = False
         self._departures = 0
         self._losses: list[tuple[float, float]] = []  # (loss, samples) since the last round
+        self._samples = 0.0  # told since the last step
         self._flights: list[_Flight] = []
         self._courier = ThreadPoolExecutor(1, "hvdscale-rounds") if plan.overlap else None
 
@@ -112,9 +113,14 @@ class Rounds:
         """Bytes this rank has sent for rounds."""
         return self._channel.sent_bytes
 
+    def figures(self) -> dict[str, float]:
+        """The metrics by name, with ``steps`` and ``bytes_sent``."""
+        return {**asdict(self.metrics), "steps": self.step, "bytes_sent": self.bytes_sent}
+
     def tell(self, loss: float, samples: float = 1.0) -> None:
         """The mean loss of this rank's batch of ``samples`` samples, before ``after_step()``."""
         self._losses.append((float(loss), float(samples)))
+        self._samples += samples
 
     def before_step(self) -> None:
         """The weights, if no rank has trained alone yet, are the anchor."""
@@ -123,11 +129,12 @@ class Rounds:
             for part in self._parts:
                 part.begin()
 
-    def after_step(self, samples: float = 1.0) -> bool:
-        """Count one step on ``samples`` samples, attempted or made, and hold the rounds that are due.
+    def after_step(self) -> bool:
+        """Count one step, attempted or made, and hold the rounds that are due. Returns whether weights changed.
 
-        Returns whether weights changed.
+        The step counts for the samples told since the last one, or for one if nobody told.
         """
+        samples, self._samples = self._samples or 1.0, 0.0
         self.step += 1
         if not self._begun:
             return False
@@ -250,6 +257,7 @@ class Rounds:
         part = self._parts[number]
         departed, change, square = part.departure()
         finite = bool(np.isfinite(square))
+        asides = self._asides(number)
         told = sum(samples for _, samples in self._losses)
         header = Header(
             round=self._departures,
@@ -260,8 +268,8 @@ class Rounds:
             finite=finite,
             square=square if finite else 0.0,
             loss=sum(loss * samples for loss, samples in self._losses) / told if told else float("nan"),
+            beside=sum(aside.values.size for aside in asides),
         )
-        asides = self._asides(number)
 
         def travel() -> _Cargo:
             meeting = Meeting(self._channel.table(header.row()), self._channel.ranks)
@@ -313,7 +321,7 @@ class Rounds:
             for aside in cargo.asides:
                 aside.arrive()
             if self.plan.state == "reset":
-                reset(self._store.moments(part.fragment.positions))
+                self._store.forget_moments(part.fragment.positions)
             metrics.rounds += 1
             metrics.loss = meeting.loss
             metrics.distance = max(0.0, meeting.mean_square - norms.mean_square)

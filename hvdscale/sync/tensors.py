@@ -67,6 +67,10 @@ class Store(Protocol):
         """
         ...
 
+    def forget_moments(self, positions: Sequence[int]) -> None:
+        """The inner optimizer goes on with the weights at ``positions`` as if it had just been made."""
+        ...
+
     def lr(self) -> float:
         """The inner learning rate now."""
         ...

@@ -46,5 +46,9 @@ class NumPyStore:
     def moments(self, positions: Sequence[int]) -> Tensors:
         return self.moment
 
+    def forget_moments(self, positions: Sequence[int]) -> None:
+        everything = range(len(self.moment.specs))
+        self.moment.write(everything, np.zeros(sum(spec.size for spec in self.moment.specs), np.float32))
+
     def lr(self) -> float:
         return self.rate

@@ -136,7 +136,7 @@ def test_a_second_flush_sends_headers_only() -> None:
 
     for sent, changed, before, after in on_ranks(3, body):
         assert not changed
-        assert sent == 2 * 2 * 64  # two headers to two peers
+        assert sent == 2 * 2 * 72  # two headers to two peers
         np.testing.assert_array_equal(before, after)
 
 
@@ -161,17 +161,19 @@ def test_ranks_that_finish_early_are_waited_for(overlap: int) -> None:
 def test_samples_weigh() -> None:
     """A rank that read three times the samples counts three times."""
 
-    def body(transport: Transport) -> tuple[np.ndarray, np.ndarray]:
+    def body(transport: Transport) -> tuple[np.ndarray, float]:
         trainer = Trainer(LocalSGD(100), transport)
         trainer.rounds.before_step()
         for array in trainer.arrays.values():
             array += transport.rank
-        trainer.rounds.after_step(samples=1 + 2 * transport.rank)
+        trainer.rounds.tell(loss=4.0 * transport.rank, samples=16 + 32 * transport.rank)
+        trainer.rounds.after_step()
         trainer.rounds.flush()
-        return trainer.flat()
+        return trainer.flat(), trainer.rounds.metrics.loss
 
-    for weights in on_ranks(2, body):
+    for weights, loss in on_ranks(2, body):
         np.testing.assert_allclose(weights, oracle.start() + 0.75, rtol=1e-6)
+        assert loss == 3.0
 
 
 @pytest.mark.parametrize("overlap", [0, 1])
