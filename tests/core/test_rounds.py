@@ -14,8 +14,9 @@ from hvdscale.runtime.channel import TransportChannel
 from hvdscale.runtime.transport import SoloTransport, Transport, run_loopback
 from hvdscale.sync import DiLoCo, LocalSGD, Relaxed, Rounds, SlowMo
 from hvdscale.update import Nesterov
-from tests.core import relaxed_oracle as oracle
 from tests.core.numpy_store import NumPyStore, NumPyTensors
+from tests.core.quadratic import FRAGMENTS, SHAPES, Quadratic, start
+from tests.relaxed_oracle import Momentum, trajectory
 
 LR = 0.1
 
@@ -26,13 +27,13 @@ class Trainer:
     def __init__(self, plan: Relaxed, transport: Transport, momentum: float = 0.0, dtype: Any = np.float32) -> None:
         self.rank, self._momentum = transport.rank, momentum
         self._transport = transport
-        flat, places = oracle.start(), np.cumsum([0, 30, 7, 12])
+        flat, places = start(), np.cumsum([0, 30, 7, 12])
         self.arrays = {
             name: flat[a:b].reshape(shape).astype(dtype)
-            for (name, shape), a, b in zip(oracle.SHAPES.items(), places, places[1:], strict=False)
+            for (name, shape), a, b in zip(SHAPES.items(), places, places[1:], strict=False)
         }
         self.velocity = {name: np.zeros(array.shape, np.float32) for name, array in self.arrays.items()}
-        self._problem = oracle.Quadratic.of(self.rank)
+        self._problem = Quadratic.of(self.rank)
         store = NumPyStore(NumPyTensors(self.arrays), moment=NumPyTensors(self.velocity), rate=LR)
         self.rounds = Rounds(plan, store, TransportChannel(transport))
 
@@ -46,10 +47,10 @@ class Trainer:
             if self.rounds.warming_up:
                 gradients = [np.frombuffer(g) for g in self._transport.allgather(gradient.tobytes())]
                 gradient = np.mean(gradients, axis=0)
-            start = 0
+            at = 0
             for name, array in self.arrays.items():
-                piece = gradient[start : start + array.size].reshape(array.shape)
-                start += array.size
+                piece = gradient[at : at + array.size].reshape(array.shape)
+                at += array.size
                 self.velocity[name] *= self._momentum
                 self.velocity[name] += piece
                 array -= (LR * self.velocity[name]).astype(array.dtype)
@@ -93,7 +94,7 @@ PLANS: list[tuple[Relaxed, dict[str, Any]]] = [
     (LocalSGD(4, outer=Nesterov(0.5, 0.3)), {"every": 4, "outer": ("nesterov", 0.5, 0.3)}),
     (SlowMo(4, lr=0.8, momentum=0.6), {"every": 4, "outer": ("slow", 0.8, 0.6)}),
     (SlowMo(3, warmup=4), {"every": 3, "outer": ("slow", 1.0, 0.5), "warmup": 4}),
-    (LocalSGD(4, state="average"), {"every": 4, "average_momentum": True}),
+    (LocalSGD(4, state="average"), {"every": 4, "average_moments": True}),
 ]
 
 
@@ -101,7 +102,10 @@ PLANS: list[tuple[Relaxed, dict[str, Any]]] = [
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize(("plan", "settings"), PLANS, ids=lambda value: repr(value)[:90])
 def test_every_plan_follows_the_oracle(plan: Relaxed, settings: dict[str, Any], momentum: float, flush: bool) -> None:
-    expected, _ = oracle.trajectory(3, 23, momentum=momentum, flush=flush, **settings)
+    settings = dict(settings)
+    pieces, gradients = FRAGMENTS[settings.pop("fragments", 1)], [Quadratic.of(rank).gradient for rank in range(3)]
+    every, inner = settings.pop("every"), lambda: Momentum(LR, momentum)
+    expected = trajectory(gradients, start(), pieces, 23, every, inner, flush=flush, **settings)
     np.testing.assert_allclose(train(plan, momentum=momentum, flush=flush), expected, atol=2e-6)
 
 
@@ -172,7 +176,7 @@ def test_samples_weigh() -> None:
         return trainer.flat(), trainer.rounds.metrics.loss
 
     for weights, loss in on_ranks(2, body):
-        np.testing.assert_allclose(weights, oracle.start() + 0.75, rtol=1e-6)
+        np.testing.assert_allclose(weights, start() + 0.75, rtol=1e-6)
         assert loss == 3.0
 
 
@@ -203,7 +207,7 @@ def test_when_no_rank_is_finite_nobody_moves() -> None:
         return np.concatenate([w.ravel() for w in trainer.rounds.outer_weights()])
 
     for anchor in on_ranks(2, body):
-        np.testing.assert_array_equal(anchor, oracle.start().astype(np.float32))
+        np.testing.assert_array_equal(anchor, start().astype(np.float32))
 
 
 def test_ranks_at_different_rounds_are_told_so() -> None:
