@@ -11,9 +11,10 @@ import hvdscale.tensorflow as hvd  # hvd
 # isort: split
 import numpy as np
 import tensorflow as tf
-from lm.batches import Share, load_share
-from lm.flags import check_flags, parse_flags, run
+from lm.batches import Share
+from lm.flags import parse_flags, run
 from lm.report import Report
+from lm.together import load_together
 
 
 class Linear(tf.Module):
@@ -94,8 +95,7 @@ def main() -> None:
     flags = parse_flags(__doc__)
     hvd.init()  # hvd
     rank, ranks = hvd.rank(), hvd.size()  # hvd
-    check_flags(flags)
-    share = load_share(flags, rank, ranks)
+    share = load_together(flags, rank, ranks, mean_of_ranks)
 
     tf.random.set_seed(flags.seed)
     model = LanguageModel(share.vocabulary, flags.context, flags.layers, flags.width, flags.heads)

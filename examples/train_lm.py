@@ -14,9 +14,10 @@ import hvdscale.keras as hvd  # hvd
 import keras
 import numpy as np
 from keras import layers, ops
-from lm.batches import Batches, Share, load_share
-from lm.flags import check_flags, parse_flags, run
+from lm.batches import Batches, Share
+from lm.flags import parse_flags, run
 from lm.report import Report
+from lm.together import load_together
 
 
 class Embed(layers.Layer):
@@ -100,8 +101,7 @@ def main() -> None:
     flags = parse_flags(__doc__)
     hvd.init()  # hvd
     rank, ranks = hvd.rank(), hvd.size()  # hvd
-    check_flags(flags)
-    share = load_share(flags, rank, ranks)
+    share = load_together(flags, rank, ranks, mean_of_ranks)
 
     model = build_model(share.vocabulary, flags.context, flags.layers, flags.width, flags.heads, flags.seed)
     rate = keras.optimizers.schedules.CosineDecay(

@@ -78,7 +78,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _normalise(self, input: Tensor) -> Tensor:
         output, mean, variance, count = _Normalise.apply(input, self.weight, self.bias, self.eps, self._process_set)
         momentum = self._count_batch()
-        if self.training and self.running_mean is not None:
+        if self.training and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
                 unbiased = variance * (count / (count - 1).clamp(min=1))
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)

@@ -105,7 +105,7 @@ def broadcast_optimizer_state(
         before = dict(optimizer.state)
         optimizer.state.clear()
         for key, value in described["state"]:
-            owner = key if isinstance(key, str) else parameters[key]
+            owner: Any = key if isinstance(key, str) else parameters[key]
             device = None if isinstance(key, str) else parameters[key].device
             optimizer.state[owner] = decode(value, sent, like=before.get(owner), device=device)
     _broadcast_tensors(sent, root_rank, "optimizer", process_set)

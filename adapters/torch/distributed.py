@@ -6,7 +6,8 @@ gradient scalers and hooks made before or after find what they expect, once per 
 
 from __future__ import annotations
 
-import functools
+import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,11 +18,11 @@ from horovod.torch import ProcessSet, global_process_set
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hvdscale.errors import PlanError, StateError
+from hvdscale.errors import DesyncError, PlanError, StateError
 from hvdscale.runtime.agreement import Fingerprint, agree
 from hvdscale.torch.adasum import DeltaReducer
 from hvdscale.torch.names import parameter_names
-from hvdscale.torch.reducer import Reducer
+from hvdscale.torch.reducer import Reducer, Survey
 from hvdscale.torch.runtime import control, elastic
 from hvdscale.torch.steps import Attachment, Terms, after_step, before_step
 
@@ -32,7 +33,12 @@ _ZERO_GRAD = (
     "This is prohibited as it can cause a race condition."
 )
 
-_wrapped = 0  # optimizers made distributed by this process: part of message names, so that models do not collide
+# Every optimizer has a number, part of its messages' names, so that models do not collide: how many this process
+# wrapped before it. A copy is numbered after its original, so that one made on some ranks only shifts nobody's count.
+_wrapped = 0
+_copies: Counter[str] = Counter()
+
+Registry = tuple[tuple[str, bool], ...]  # name of each parameter, and whether its gradient is sparse
 
 
 class DistributedMixin:
@@ -86,14 +92,15 @@ class DistributedMixin:
         super().add_param_group(param_group)  # type: ignore[misc]
         held = self._hvdscale
         last = len(self.param_groups) - 1
-        try:
-            named = parameter_names(self.param_groups[last:], held.names, last)
-        except PlanError:
-            self.param_groups.pop()
-            raise
+        named = parameter_names(self.param_groups[last:], held.names, last)
         held.named += named
         if held.exchange is not None:
-            _agree(self, held, "a parameter group")  # type: ignore[arg-type]
+            try:
+                _agree(self, held, "a parameter group")  # type: ignore[arg-type]
+            except DesyncError:
+                self.param_groups.pop()
+                del held.named[-len(named) :]
+                raise
             held.exchange.add(named)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -110,8 +117,8 @@ class DistributedMixin:
     def __reduce_ex__(self, protocol: Any) -> Any:
         held = self._hvdscale
         state = {k: v for k, v in self.__getstate__().items() if k != "_hvdscale"}  # type: ignore[attr-defined]
-        names = tuple(name for name, _ in held.named)
-        return _revive, (plain_class(self), held.terms, names), state  # type: ignore[arg-type]
+        registry = tuple((name, id(parameter) in held.sparse) for name, parameter in held.named)
+        return _revive, (plain_class(self), held.terms, held.number, registry, held.asks), state  # type: ignore[arg-type]
 
 
 def plain_class(optimizer: Optimizer) -> type[Optimizer]:
@@ -124,7 +131,7 @@ def distribute(
     terms: Terms,
     names: dict[int, str] | None,
     named: list[tuple[str, Tensor]],
-    sparse: frozenset[int] = frozenset(),
+    sparse: frozenset[int] | None = None,
 ) -> None:
     """Make ``optimizer`` distributed in place. Collective over the process set.
 
@@ -132,15 +139,15 @@ def distribute(
         terms: how to reduce.
         names: the user's names by ``id`` of the parameter, for groups added later.
         named: ``(name, parameter)`` of all groups, in order.
-        sparse: ``id`` of the parameters known to have sparse gradients.
+        sparse: ``id`` of the parameters that have sparse gradients, or ``None`` where that is not known.
 
     Raises:
         DesyncError: ranks disagree on parameters, optimizer or terms.
         PlanError: a type of optimizer whose class cannot be exchanged.
     """
     global _wrapped
-    number, _wrapped = _wrapped, _wrapped + 1
-    held = Attachment(terms, names, named, number, None)
+    number, _wrapped = str(_wrapped), _wrapped + 1
+    held = Attachment(terms, names, named, number, None, sparse or frozenset(), asks=sparse is None)
     alone = not _takes_part(terms.process_set)
     if not alone:
         _agree(optimizer, held, "the optimizer")
@@ -153,7 +160,7 @@ def distribute(
         ) from error
     optimizer._hvdscale = held  # type: ignore[attr-defined]
     if not alone:
-        _watch(optimizer, held, sparse)
+        _watch(optimizer, held)
 
 
 def _takes_part(process_set: ProcessSet) -> bool:
@@ -172,25 +179,40 @@ def _agree(optimizer: Optimizer, held: Attachment, about: str) -> None:
     )
 
 
-def _watch(optimizer: Optimizer, held: Attachment, sparse: frozenset[int]) -> None:
+def _watch(optimizer: Optimizer, held: Attachment) -> None:
     terms, prefix = held.terms, f"hvdscale.{held.number}."
     common = {"compression": terms.compression, "process_set": terms.process_set, "prefix": prefix}
     if terms.reduction.op == "adasum":
         held.exchange = DeltaReducer(terms.reduction, **common)
     else:
-        held.exchange = Reducer(terms.reduction, sparse=sparse, **common)
+        held.exchange = Reducer(
+            terms.reduction, sparse=held.sparse, survey=_survey(terms) if held.asks else None, **common
+        )
     held.exchange.add(held.named)
     optimizer.register_step_pre_hook(before_step)
     optimizer.register_step_post_hook(after_step)
 
 
-@functools.cache
+def _survey(terms: Terms) -> Survey:
+    def survey(kinds: dict[int, bool]) -> dict[int, bool]:
+        everyone = control(terms.process_set).allgather(json.dumps(sorted(kinds.items())).encode())
+        known = [pair for message in everyone for pair in json.loads(message)]
+        return {position: any(is_sparse for p, is_sparse in known if p == position) for position, _ in known}
+
+    return survey
+
+
+_classes: dict[type[Optimizer], type[Optimizer]] = {}  # made once, so that copies are of the same type
+
+
 def _distributed_class(cls: type[Optimizer]) -> type[Optimizer]:
-    body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (DistributedMixin, cls), {**body, "_hvdscale_plain": cls})
+    if cls not in _classes:
+        body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        _classes[cls] = type(cls.__name__, (DistributedMixin, cls), {**body, "_hvdscale_plain": cls})
+    return _classes[cls]
 
 
-def _revive(cls: type[Optimizer], terms: Terms, names: tuple[str, ...]) -> Optimizer:
+def _revive(cls: type[Optimizer], terms: Terms, original: str, registry: Registry, asks: bool) -> Optimizer:
     """A copied or unpickled optimizer, before its state is set."""
     if not _horovod.is_initialized():
         raise StateError(
@@ -201,16 +223,17 @@ def _revive(cls: type[Optimizer], terms: Terms, names: tuple[str, ...]) -> Optim
         terms = replace(terms, process_set=global_process_set)
     twin = _distributed_class(cls)
     optimizer = twin.__new__(twin)
-    optimizer.__dict__["_hvdscale_revived"] = (terms, names)
+    optimizer.__dict__["_hvdscale_revived"] = (terms, original, registry, asks)
     return optimizer
 
 
-def _attach(optimizer: Optimizer, terms: Terms, names: tuple[str, ...]) -> None:
-    global _wrapped
-    number, _wrapped = _wrapped, _wrapped + 1
+def _attach(optimizer: Optimizer, terms: Terms, original: str, registry: Registry, asks: bool) -> None:
+    _copies[original] += 1
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    named = list(zip(names, parameters, strict=True))
-    held = Attachment(terms, {id(p): n for n, p in named}, named, number, None)
+    named = [(name, p) for (name, _), p in zip(registry, parameters, strict=True)]
+    sparse = frozenset(id(p) for (_, is_sparse), p in zip(registry, parameters, strict=True) if is_sparse)
+    number = f"{original}.copy{_copies[original]}"
+    held = Attachment(terms, {id(p): n for n, p in named}, named, number, None, sparse, asks)
     optimizer._hvdscale = held  # type: ignore[attr-defined]
     if _takes_part(terms.process_set):
-        _watch(optimizer, held, frozenset())
+        _watch(optimizer, held)

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from hvdscale.torch.wire import from_wire
 
-__all__ = ["CompoundHandle", "Handle", "overwriting", "poll", "returning", "synchronize", "then", "with_plain_gradient"]
+__all__ = [
+    "CompoundHandle",
+    "Handle",
+    "forget_all",
+    "overwriting",
+    "poll",
+    "returning",
+    "synchronize",
+    "then",
+    "with_plain_gradient",
+]
 
 Handle = Any  # Horovod's int, or a CompoundHandle
 
@@ -53,11 +63,15 @@ def then(handle: int, finish: Callable[[Any], Any]) -> int:
     return handle
 
 
+def forget_all() -> None:
+    """Drop what is left to do: Horovod counts its handles anew after a second ``init()``."""
+    _unfinished.clear()
+
+
 def returning(handle: int, tensors: Sequence[Tensor], sent: Sequence[Tensor], group: bool = False) -> int:
     """Give results back in the dtypes they were sent in."""
     dtypes = [t.dtype for t in tensors]
     if [s.dtype for s in sent] == dtypes:
-        _unfinished.pop(handle, None)  # Horovod starts counting anew after a second init()
         return handle
     if not group:
         return then(handle, lambda output: from_wire(output, dtypes[0]))

@@ -46,6 +46,9 @@ def parameter_names(
 ) -> list[tuple[str, Tensor]]:
     """``(name, parameter)`` of these groups in order; named by their place when the user named none.
 
+    Parameters of groups added later (``first_group`` > 0) may be of a module that was not there when the others were
+    named: those the user has not named are named by their place too, which is the same on every rank.
+
     Raises:
         PlanError: the user named some parameters but not these.
     """
@@ -54,10 +57,10 @@ def parameter_names(
     for i, group in enumerate(param_groups, first_group):
         given = group.get("param_names", [])
         for j, parameter in enumerate(group["params"]):
-            if known is None:
-                named.append((given[j] if j < len(given) else f"parameter.{i}.{j}", parameter))
-            elif id(parameter) in known:
+            if known is not None and id(parameter) in known:
                 named.append((known[id(parameter)], parameter))
+            elif known is None or first_group:
+                named.append((given[j] if j < len(given) else f"parameter.{i}.{j}", parameter))
             else:
                 unnamed.append(f"number {j} of group {i}, shape {list(parameter.shape)}")
     if unnamed:

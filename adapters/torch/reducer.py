@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,13 +22,16 @@ from torch.utils.hooks import RemovableHandle
 from hvdscale.sync import Reduction
 from hvdscale.torch.gradients import Finish, launch
 
-__all__ = ["Reducer"]
+__all__ = ["Reducer", "Survey"]
 
 _TOO_MANY_PASSES = (
     "Gradients were computed more than backward_passes_per_step={passes} times before call to step() "
     "(parameter {name}). Increase backward_passes_per_step to accumulate gradients locally, or call "
     "optimizer.step(), optimizer.synchronize() or optimizer.zero_grad() between backward passes."
 )
+
+Survey = Callable[[dict[int, bool]], dict[int, bool]]
+"""Joins what ranks know: whether the gradient at a position is sparse. Collective."""
 
 # The hook on each parameter, by its id: the optimizer wrapped last reduces its gradient, so that one thrown away but
 # not collected yet does not reduce it a second time. Entries of parameters long gone do no harm.
@@ -44,6 +47,7 @@ class Reducer:
         process_set: the ranks that take part; this rank is one of them.
         prefix: put before parameter names in message names, different for every optimizer.
         sparse: ``id`` of parameters known to have sparse gradients.
+        survey: asks all ranks, where nobody said which gradients are sparse; ``None`` where that is known.
     """
 
     watches_gradients = True
@@ -56,6 +60,7 @@ class Reducer:
         process_set: ProcessSet,
         prefix: str,
         sparse: frozenset[int] = frozenset(),
+        survey: Survey | None = None,
     ) -> None:
         self.reduction = reduction
         self.passes = reduction.passes
@@ -67,6 +72,8 @@ class Reducer:
         self._names: list[str] = []
         self._hooked: set[int] = set()  # positions
         self._sparse: set[int] = set()  # positions whose gradient was sparse once
+        self._survey = survey
+        self._unknown: set[int] = set()  # positions whose gradient may be sparse, and no rank has had one yet
         # The round:
         self._left: dict[int, int] = {}  # position -> backward passes to come; empty before the first
         self._buckets: list[list[int]] = []
@@ -75,6 +82,7 @@ class Reducer:
         self._flights: list[tuple[list[int], Finish]] = []
         self._finished: Literal["", "backward", "synchronize"] = ""
         self._queued = False  # a callback waits for the end of the backward pass in progress
+        self._asks = False  # nothing is sent before the ranks have told each other what is sparse
         self._warned = False
 
     def add(self, named: Sequence[tuple[str, Tensor]]) -> None:
@@ -82,6 +90,8 @@ class Reducer:
         for name, parameter in named:
             if id(parameter) in self._sparse_ids:
                 self._sparse.add(len(self._parameters))
+            elif self._survey is not None and parameter.dim() == 2:  # as the weights of embeddings are
+                self._unknown.add(len(self._parameters))
             self._parameters.append(parameter)
             self._names.append(name)
         self._trainable()
@@ -119,6 +129,7 @@ class Reducer:
         if not self._finished:
             if not self._left:
                 self._open()
+            self._ask()
             sent = {position for bucket, _ in self._flights for position in bucket}
             missing = [position for position in self._trainable() if position not in sent]
             planned = [[p for p in bucket if p in set(missing)] for bucket in self._buckets]
@@ -161,6 +172,16 @@ class Reducer:
         self._waiting = [len(bucket) for bucket in self._buckets]
         self._finished = ""
         self._queued = False  # a backward pass that raised never ran its callback
+        self._asks = not self._unknown.isdisjoint(positions)
+
+    def _ask(self) -> None:
+        """Let a rank without a gradient know what kind its peers send. Every rank comes here once in such a round."""
+        if self._asks and self._survey is not None:
+            self._asks = False
+            gradients = {position: self._parameters[position].grad for position in self._unknown}
+            kinds = self._survey({position: g.is_sparse for position, g in gradients.items() if g is not None})
+            self._sparse |= {position for position, is_sparse in kinds.items() if is_sparse}
+            self._unknown -= kinds.keys()
 
     def _gradient_ready(self, position: int) -> None:
         if self._finished == "backward":
@@ -177,7 +198,7 @@ class Reducer:
             return
         number = self._bucket_of[position]
         self._waiting[number] -= 1
-        if self._waiting[number] == 0:
+        if self._waiting[number] == 0 and not self._asks:
             self._launch(self._buckets[number])
         if not self._queued:
             self._queued = True
@@ -188,7 +209,11 @@ class Reducer:
         self._queued = False
         if self._finished:
             return
-        if len(self._flights) == len(self._buckets):
+        if not any(self._waiting):
+            if self._asks:
+                self._ask()
+                for bucket in self._buckets:
+                    self._launch(bucket)
             self._wait()
             self._finished = "backward"
         elif not self._warned:

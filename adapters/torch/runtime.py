@@ -11,6 +11,7 @@ import torch
 
 from hvdscale.runtime.session import Membership, join, prepare
 from hvdscale.runtime.transport import RankSet
+from hvdscale.torch.handles import forget_all
 
 __all__ = ["control", "elastic", "init", "runtime_settings", "shutdown", "world"]
 
@@ -43,6 +44,7 @@ def shutdown() -> None:
     """Leave the job. ``init()`` may be called again."""
     _membership.leave()
     _horovod.shutdown()
+    forget_all()
 
 
 def elastic() -> bool:

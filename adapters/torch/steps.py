@@ -30,8 +30,8 @@ class Terms:
     def __deepcopy__(self, memo: dict[int, Any]) -> Terms:
         return self
 
-    def facts(self, kind: type[Optimizer], number: int) -> dict[str, object]:
-        """The facts to compare, for an optimizer of this type, the ``number``-th that this process wrapped."""
+    def facts(self, kind: type[Optimizer], number: str) -> dict[str, object]:
+        """The facts to compare, for an optimizer of this type and number."""
         return {
             "hvdscale": __version__,
             "torch": torch.__version__,
@@ -74,8 +74,10 @@ class Attachment:
     terms: Terms
     names: dict[int, str] | None  # by id, as far as the user gave them
     named: list[tuple[str, Tensor]]
-    number: int
+    number: str  # how many this process wrapped before, or which copy of which
     exchange: Exchange | None
+    sparse: frozenset[int] = frozenset()  # by id, parameters known to have sparse gradients
+    asks: bool = False  # ranks ask each other which gradients are sparse, because the user gave no model
     skip: bool = False
 
 

@@ -151,8 +151,11 @@ def _positions(groups: Groups | None, parameters: Sequence[Tensor]) -> int | tup
     return tuple(tuple(place[id(p)] for p in group if id(p) in place) for group in groups)
 
 
-def _sparse_parameters(model: nn.Module | None) -> frozenset[int]:
-    modules = () if model is None else model.modules()
+def _sparse_parameters(model: nn.Module | None) -> frozenset[int] | None:
+    if model is None:
+        return None
     return frozenset(
-        id(module.weight) for module in modules if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse
     )

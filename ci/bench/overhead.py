@@ -12,6 +12,8 @@ from ci.bench.local import thread_env
 
 FRAMEWORKS = {"torch": "torch", "TensorFlow": "tensorflow"}
 PLAIN, OURS = "plain", "hvdscale"
+# What a figure of the worker is called in the table, where its own name says too little.
+SHOWN = {"wrap": "init and wrap", "package": "import hvdscale"}
 TARGETS = (Target(PLAIN, 0.99, tuple(f"{name} step" for name in FRAMEWORKS)),)
 
 
@@ -20,7 +22,7 @@ def sides(measured: Results) -> Results:
     suffixes = {PLAIN: "_plain", OURS: "_ours"}
     samples = {
         side: {
-            f"{name} {metric.removesuffix(suffix).replace('wrap', 'init and wrap')}": values
+            f"{name} {SHOWN.get(metric.removesuffix(suffix), metric.removesuffix(suffix))}": values
             for name in FRAMEWORKS
             for metric, values in measured.samples[name].items()
             if metric.endswith(suffix)

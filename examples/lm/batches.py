@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from hvdscale.data import ShardPlan, split
 from hvdscale.errors import PlanError
-from lm.text import END, make_tokenizer, read_documents
+from lm.text import END, Document, make_tokenizer, read_documents
 
 # Held-out text is evaluated again and again: a random sample of it, the same on every rank and in every evaluation.
 HELD_OUT_WINDOWS = 512
@@ -59,6 +60,7 @@ class Share:
     held_out: tuple[np.ndarray, np.ndarray]  # inputs and targets, int32[windows, context]; may be no window
     vocabulary: int
     description: str
+    digest: bytes  # 16, of the whole text
 
 
 def load_share(flags: argparse.Namespace, rank: int, ranks: int) -> Share:
@@ -67,7 +69,7 @@ def load_share(flags: argparse.Namespace, rank: int, ranks: int) -> Share:
     ``flags.shard`` is the policy. ``"hash"``: each document goes to the rank its name hashes to. ``"ordered"``: each
     rank has one contiguous stretch of the text. ``"random"``: all windows in one random order, dealt out in turn,
     so that ``k`` ranks with batches of ``B`` take the steps of one rank with ``k * B``.
-    Every rank reads all documents, so an error is the same on all of them.
+    Every rank reads all documents, so the same error meets all of them where they have the same files.
 
     Raises:
         PlanError: data that is missing, empty or not text, or too little of it for these ranks and batches.
@@ -97,7 +99,15 @@ def load_share(flags: argparse.Namespace, rank: int, ranks: int) -> Share:
         tokenizer.vocabulary,
         f"{len(documents)} documents, {len(held)} of them held out; "
         f"{sum(len(streams[i]) for i in train) / 1e6:.2f} M tokens to train on",
+        _digest(documents),
     )
+
+
+def _digest(documents: Sequence[Document]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for document in documents:
+        digest.update(f"{document.key}\0{document.text}\0".encode())
+    return digest.digest()
 
 
 def _share_out(

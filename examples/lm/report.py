@@ -13,8 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from hvdscale.errors import PlanError
-
 
 @dataclass
 class Report:
@@ -144,12 +142,10 @@ class Scalars:
     """TensorBoard scalars through TensorBoard's own record format: needs neither TensorFlow nor torch."""
 
     def __init__(self, folder: str) -> None:
-        try:
-            from tensorboard.compat.proto.event_pb2 import Event
-            from tensorboard.compat.proto.summary_pb2 import Summary
-            from tensorboard.summary.writer.record_writer import RecordWriter
-        except ImportError:
-            raise PlanError("--logdir needs tensorboard: `pip install 'hvdscale[viz]'`.") from None
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
         self._event, self._summary = Event, Summary
         Path(folder).mkdir(parents=True, exist_ok=True)
         path = Path(folder) / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
@@ -167,10 +163,8 @@ class Scalars:
 
 
 def _plot(path: str, train: Sequence[float], held_out: dict[int, float]) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        raise PlanError("--plot needs matplotlib: `pip install 'hvdscale[viz]'`.") from None
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

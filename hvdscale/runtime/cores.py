@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["bound_by_default", "cores_in_quota", "own_cores", "release_binding", "usable_cores"]
+from hvdscale.runtime.launch import read_launch
+
+__all__ = ["bound_by_default", "cores_in_quota", "own_cores", "release_binding", "srun_bound", "usable_cores"]
 
 # Open MPI tells a rank that it was bound, and how the user asked for it, if the user did.
 _BOUND, _ASKED_FOR = "OMPI_MCA_orte_bound_at_launch", "OMPI_MCA_hwloc_base_binding_policy"
@@ -16,9 +18,13 @@ _BOUND, _ASKED_FOR = "OMPI_MCA_orte_bound_at_launch", "OMPI_MCA_hwloc_base_bindi
 def usable_cores() -> int:
     """Cores that the ranks of this host share.
 
-    A launcher that binds its ranks is not bound itself: its cores are those of the job.
+    A launcher that binds its ranks is not bound itself: its cores are those of the job. Slurm's tasks are started by
+    a daemon that is nobody's; where each has cores of its own, as many of them are taken to be every task's.
     """
-    return min(len(_job_cores(os.environ)), cores_in_quota())
+    cores = len(_job_cores(os.environ))
+    if srun_bound(os.environ):
+        cores = min(cores * max(1, read_launch(os.environ).local_size), os.cpu_count() or 1)
+    return min(cores, cores_in_quota())
 
 
 def own_cores() -> int:
@@ -29,6 +35,14 @@ def own_cores() -> int:
 def bound_by_default(env: Mapping[str, str]) -> bool:
     """Whether ``mpirun`` bound this rank to some of the job's cores without being asked to."""
     return env.get(_BOUND) == "1" and _ASKED_FOR not in env and _affinity() < _job_cores(env)
+
+
+def srun_bound(env: Mapping[str, str]) -> bool:
+    """Whether Slurm gave each task of this node cores of its own: it lists a mask or a core for each."""
+    if not env.get("SLURM_CPU_BIND_TYPE", "").startswith(("mask_cpu", "map_cpu")) or "PMIX_RANK" not in env:
+        return False
+    listed = [place for place in env.get("SLURM_CPU_BIND_LIST", "").split(",") if place]
+    return len(set(listed)) == len(listed) > 1
 
 
 def release_binding(env: Mapping[str, str]) -> frozenset[int]:

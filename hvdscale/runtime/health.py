@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
-__all__ = ["abort", "end_job_on_error"]
+__all__ = ["WhoLeft", "abort", "end_job_on_error", "is_echo"]
+
+WhoLeft = Callable[[float], Sequence[int]]
+"""Given some seconds of patience, the ranks known to have left the job."""
 
 _hooked = False
+_who_left: WhoLeft = lambda patience_seconds: ()  # noqa: E731
 
 # How long a rank whose collective broke keeps quiet: the rank that broke it speaks, and the launcher ends the job.
 ECHO_SECONDS = 3.0
@@ -20,12 +25,14 @@ ECHO_SECONDS = 3.0
 FORWARD_SECONDS = 0.3
 
 
-def end_job_on_error(rank: int, end: Callable[[int], None]) -> None:
+def end_job_on_error(rank: int, end: Callable[[int], None], who_left: WhoLeft = _who_left) -> None:
     """From now on an unhandled exception prints its traceback once and calls ``end(1)``.
 
     An error of Horovod's own is usually the echo of another rank's: it waits, to let that rank have the last word.
+    A rank that left early says nothing; ``who_left`` then names it. A second call only brings another ``who_left``.
     """
-    global _hooked
+    global _hooked, _who_left
+    _who_left = who_left
     if _hooked:
         return
     _hooked = True
@@ -35,12 +42,11 @@ def end_job_on_error(rank: int, end: Callable[[int], None]) -> None:
         if issubclass(kind, KeyboardInterrupt):
             previous(kind, error, where)
         else:
-            if _is_echo(kind, error):
-                time.sleep(ECHO_SECONDS)
+            cause = _wait_for_the_cause() if is_echo(kind.__name__, str(error)) else ""
             text = "".join(traceback.format_exception(kind, error, where))
             sys.stdout.flush()
             # One write, so that no other rank's line falls into it.
-            sys.stderr.write(f"\n[rank {rank}] ended the job:\n{text}")
+            sys.stderr.write(f"\n[rank {rank}] ended the job:\n{text}{cause}")
             sys.stderr.flush()
             time.sleep(FORWARD_SECONDS)
         end(1)
@@ -48,8 +54,28 @@ def end_job_on_error(rank: int, end: Callable[[int], None]) -> None:
     sys.excepthook = hook
 
 
-def _is_echo(kind: type[BaseException], error: BaseException) -> bool:
-    return kind.__name__ == "HorovodInternalError" or "Horovod has been shut down" in str(error)
+def is_echo(kind: str, message: str) -> bool:
+    """Whether an error of this type and message only tells that another rank is gone.
+
+    Horovod's operations raise errors of its own in torch, and TensorFlow's ``UnknownError`` in TensorFlow.
+    """
+    if kind == "HorovodInternalError" or "Horovod has been shut down" in message:
+        return True
+    return kind == "UnknownError" and _OPERATION.search(message) is not None
+
+
+_OPERATION = re.compile(r"Horovod(Grouped)?(All|Broadcast|Reduce|Join|Barrier)")
+
+
+def _wait_for_the_cause() -> str:
+    """Give the rank that failed the time to say so; if it is still quiet, what is known about who left."""
+    start = time.monotonic()
+    left = _who_left(ECHO_SECONDS)
+    if left:
+        names = ", ".join(map(str, left))
+        return f"rank{'s' * (len(left) > 1)} {names} had left the job (sys.exit or the end of the script).\n"
+    time.sleep(max(0.0, ECHO_SECONDS - (time.monotonic() - start)))
+    return ""
 
 
 def abort(code: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -19,8 +20,9 @@ class Launch:
     """The place of this process in the job, as its launcher tells it.
 
     ``controller`` is how Horovod's ranks find each other: ``"mpi"``, ``"gloo"`` or ``"single"`` (no launcher).
-    ``local_rank`` and ``local_size`` count the ranks of this host. In an ``elastic`` job these are the values
-    the process started with: ranks come and go, and Horovod knows the present ones.
+    ``local_rank`` and ``local_size`` count the ranks of this host; a ``local_size`` of 0 says that the launcher left
+    it unsaid. In an ``elastic`` job these are the values the process started with: ranks come and go, and Horovod
+    knows the present ones.
     """
 
     launcher: str
@@ -32,18 +34,14 @@ class Launch:
     elastic: bool = False
 
     @property
-    def hosts(self) -> int:
-        """Number of hosts, when all hold as many ranks as this one (rounded up otherwise)."""
-        return -(-self.size // self.local_size)
-
-    @property
     def spans_hosts(self) -> bool:
+        """Whether ranks are known, or must be taken, to run on several hosts."""
         return self.size > self.local_size
 
 
 @dataclass(frozen=True)
 class _Dialect:
-    """The variable names one launcher uses. Local ones may be missing: then all ranks share one host."""
+    """The variable names one launcher uses. Local ones may be missing."""
 
     launcher: str
     controller: Controller
@@ -65,7 +63,7 @@ _DIALECTS = (
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
     _Dialect("mpiexec (PMI)", "mpi", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    _Dialect("srun (PMIx)", "mpi", "PMIX_RANK", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+    _Dialect("srun (PMIx)", "mpi", "PMIX_RANK", "SLURM_NTASKS", "SLURM_LOCALID"),
 )
 
 # Launchers whose ranks Horovod cannot see: their presence alone means "started the wrong way".
@@ -97,9 +95,9 @@ def read_launch(env: Mapping[str, str] | None = None) -> Launch:
 def _parse(dialect: _Dialect, env: Mapping[str, str]) -> Launch:
     rank = _number(dialect, dialect.rank, env)
     size = _number(dialect, dialect.size, env)
+    local_size = _number(dialect, dialect.local_size, env, default=1 if size == 1 else _slurm_tasks_here(env))
     local_rank = _number(dialect, dialect.local_rank, env, default=rank)
-    local_size = _number(dialect, dialect.local_size, env, default=size)
-    if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
+    if not (0 <= rank < size and (local_size == 0 or 0 <= local_rank < local_size <= size)):
         raise WorldError(
             f"{dialect.launcher} left ranks that cannot be: {dialect.rank}={rank} of {dialect.size}={size}, "
             f"local rank {local_rank} of {local_size}. A rank lies in 0..size-1. "
@@ -108,6 +106,18 @@ def _parse(dialect: _Dialect, env: Mapping[str, str]) -> Launch:
     return Launch(
         dialect.launcher, dialect.controller, rank, size, local_rank, local_size, env.get("HOROVOD_ELASTIC") == "1"
     )
+
+
+def _slurm_tasks_here(env: Mapping[str, str]) -> int:
+    """Tasks of this job step on this node, from such lists as ``2(x3),1`` (nodes 0 to 2 hold 2, node 3 holds 1)."""
+    tasks: list[int] = []
+    for part in (env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "").split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            return 0
+        tasks += [int(match[1])] * int(match[2] or 1)
+    node = env.get("SLURM_NODEID", "0" if len(tasks) == 1 else "")
+    return tasks[int(node)] if node.isdecimal() and int(node) < len(tasks) else 0
 
 
 def _number(dialect: _Dialect, name: str, env: Mapping[str, str], default: int | None = None) -> int:

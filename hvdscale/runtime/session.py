@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Sequence
@@ -40,6 +41,8 @@ class Membership:
         self._world = world
 
     def leave(self) -> None:
+        if self._world is not None:
+            self._world.transport.close()
         self._world = None
 
     def world(self) -> World:
@@ -81,6 +84,11 @@ def prepare() -> Preparation:
     """
     launch = read_launch()
     settled = put_in_force(launch, os.environ, mpi_running=_mpi_is_running())
+    if launch.local_size == 0:
+        why = (
+            f"{launch.launcher} does not say how many ranks share this host; set OMP_NUM_THREADS and TF_NUM_* yourself"
+        )
+        settled = (*settled, Setting("thread counts", "as the frameworks choose", why))
     if launch.controller == "mpi":
         _import_mpi()
     threads = next((int(s.value) for s in settled if s.name == "OMP_NUM_THREADS" and s.value.isdigit()), 0)
@@ -115,7 +123,9 @@ def join(
     else:
         transport = CollectiveTransport(rank, size, gather)
     if launch.size > 1:
-        end_job_on_error(launch.rank, abort)
+        end_job_on_error(launch.rank, abort, transport.who_left)
+        # A script may end, or sys.exit, without shutdown(). Runs before Horovod's own exit handler, made earlier.
+        atexit.register(transport.close)
     return World(rank, size, horovod.local_rank(), horovod.local_size(), launch, transport, preparation.settings)
 
 

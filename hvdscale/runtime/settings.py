@@ -36,8 +36,8 @@ _FORCED_CHOICE = f"{_MCA}coll_tuned_allreduce_"
 class Setting:
     """One setting in force: the variable, its value, why it has it, and who chose it.
 
-    ``origin`` is ``"hvdscale"``, ``"user"`` (already set: it wins), or ``"late"`` (MPI was already
-    running when ``init()`` came, so the value can no longer take effect).
+    ``origin`` is ``"hvdscale"``, ``"user"`` (already set: it wins), ``"late"`` (MPI was already
+    running when ``init()`` came, so the value can no longer take effect), or ``"failed"``.
     """
 
     name: str
@@ -51,7 +51,7 @@ def put_in_force(launch: Launch, env: MutableMapping[str, str], mpi_running: boo
     bound = launch.controller == "mpi" and launch.local_size > 1 and bound_by_default(env)
     released = (_release(env),) if bound else ()
     chosen = choose_settings(launch, usable_cores(), own_cores())
-    return (*released, *apply_settings(chosen, env, mpi_running))
+    return (*released, *_with_rules(apply_settings(chosen, env, mpi_running), env))
 
 
 def _release(env: Mapping[str, str]) -> Setting:
@@ -111,9 +111,24 @@ def apply_settings(
         if setting.origin == "hvdscale":
             env[setting.name] = setting.value
             ours.add(setting.name)
-        if setting.origin == "hvdscale" and setting.name == _ALLREDUCE_CHOICE[1]:
-            rules.write_rules(Path(setting.value))
     env[FRONT] = ",".join(sorted(ours))  # a second init(), and processes started from here, know whose they are
+    return settled
+
+
+def _with_rules(settled: tuple[Setting, ...], env: MutableMapping[str, str]) -> tuple[Setting, ...]:
+    """Write the rules file where it is in force; on a full or read-only disk Open MPI is left to choose."""
+    names = {setting.name: setting for setting in settled if setting.origin == "hvdscale"}
+    if _ALLREDUCE_CHOICE[1] not in names:
+        return settled
+    path = Path(names[_ALLREDUCE_CHOICE[1]].value)
+    try:
+        rules.write_rules(path)
+    except OSError as error:
+        for name in _ALLREDUCE_CHOICE:
+            env.pop(name, None)
+        env[FRONT] = ",".join(name for name in env[FRONT].split(",") if name not in _ALLREDUCE_CHOICE)
+        why = f"{path} could not be written ({error.strerror}), so Open MPI chooses"
+        return tuple(replace(s, reason=why, origin="failed") if s.name in _ALLREDUCE_CHOICE else s for s in settled)
     return settled
 
 

@@ -7,6 +7,7 @@ Gloo, where there is no MPI), and threads of one process (the loopback, for test
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Protocol, TypeVar
@@ -59,6 +60,14 @@ class Transport(Protocol):
         """The transport of these ranks; called by exactly those. Its ``rank`` is the position among them."""
         ...
 
+    def close(self) -> None:
+        """This rank takes no further part. Returns at once; peers that come to wait for it are told."""
+        ...
+
+    def who_left(self, patience_seconds: float) -> tuple[int, ...]:
+        """After a failure elsewhere: global ranks known to have closed. Asks peers that ask too, for so long."""
+        ...
+
 
 def broadcast(transport: Transport, data: bytes, root: int = 0) -> bytes:
     """``data`` of rank ``root``. Others pass anything."""
@@ -78,16 +87,30 @@ class SoloTransport:
     def subset(self, process_set: RankSet) -> Transport:
         return self
 
+    def close(self) -> None:
+        """Nobody waits."""
+
+    def who_left(self, patience_seconds: float) -> tuple[int, ...]:
+        return ()
+
+
+# What a rank sends in place of the length of its message when it has none to send.
+_LEFT, _FAILED = -1, -2
+
 
 class MPITransport:
     """mpi4py on a private duplicate of ``comm``, so that no message meets the user's or Horovod's.
 
-    Messages go as MPI.BYTE: automatic types fail for half precision.
+    Every all-gather starts with one of lengths. A rank that closes starts a last one, which says that it left: it
+    meets whatever peers wait in, now or later, so nobody waits for a rank that is gone. Messages go as MPI.BYTE:
+    automatic types fail for half precision.
     """
 
     def __init__(self, comm: Any, ranks: tuple[int, ...] | None = None) -> None:
         self._comm = comm.Dup()
         self._subsets: dict[tuple[int, ...], MPITransport] = {}
+        self._gone: tuple[int, ...] = ()  # global ranks
+        self._closed = False
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
         self.ranks = tuple(range(self.size)) if ranks is None else ranks
@@ -95,8 +118,18 @@ class MPITransport:
     def allgather(self, data: bytes) -> list[bytes]:
         from mpi4py import MPI
 
-        lengths = np.zeros(self.size, np.int64)
-        self._comm.Allgather([np.array([len(data)], np.int64), MPI.INT64_T], [lengths, MPI.INT64_T])
+        if not self._gone:
+            request, lengths = self._start(len(data), np.empty(self.size + 1, np.int64))
+            request.Wait()
+            self._gone = self._saying(_LEFT, lengths)
+        if self._gone:
+            raise TransportError(
+                f"{_named(self._gone)} left the job (sys.exit, hvd.shutdown or the end of the script) while rank "
+                f"{self.ranks[self.rank]} waits for all ranks. Let every rank make the same calls and leave together."
+            )
+        failed = self._saying(_FAILED, lengths)
+        if failed:
+            raise TransportError(f"{_named(failed)} lost the connection of Horovod while others waited in a call.")
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         everything = bytearray(int(offsets[-1]))
         self._comm.Allgatherv([data, MPI.BYTE], [everything, lengths.tolist(), offsets[:-1].tolist(), MPI.BYTE])
@@ -110,6 +143,49 @@ class MPITransport:
             group = self._comm.Get_group().Incl(key)
             self._subsets[key] = MPITransport(self._comm.Create_group(group), key)
         return self._subsets[key]
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            # Not awaited: MPI delivers it while Horovod's thread or MPI's own end makes progress.
+            self._start(_LEFT, self._memory_for_good())
+            for subset in self._subsets.values():
+                subset.close()
+
+    def who_left(self, patience_seconds: float) -> tuple[int, ...]:
+        if self._gone or self._closed:
+            return self._gone
+        request, lengths = self._start(_FAILED, self._memory_for_good())
+        deadline = time.monotonic() + patience_seconds
+        while not request.Test():
+            if time.monotonic() > deadline:
+                return ()
+            time.sleep(0.01)
+        self._gone = self._saying(_LEFT, lengths)
+        return self._gone
+
+    def _start(self, length: int, memory: np.ndarray) -> tuple[Any, np.ndarray]:
+        """The all-gather of lengths under way, and where they will be. ``memory`` is ``int64[size + 1]``."""
+        from mpi4py import MPI
+
+        own, lengths = memory[:1], memory[1:]
+        own[0] = length
+        return self._comm.Iallgather([own, MPI.INT64_T], [lengths, MPI.INT64_T]), lengths
+
+    def _memory_for_good(self) -> np.ndarray:
+        """For an operation that may outlive this interpreter: never freed."""
+        from mpi4py import MPI
+
+        memory: Any = MPI.Alloc_mem(8 * (self.size + 1))
+        numbers: np.ndarray = np.frombuffer(memory, np.int64)
+        return numbers
+
+    def _saying(self, word: int, lengths: np.ndarray) -> tuple[int, ...]:
+        return tuple(rank for rank, length in zip(self.ranks, lengths, strict=True) if length == word)
+
+
+def _named(ranks: tuple[int, ...]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
 
 
 class CollectiveTransport:
@@ -139,6 +215,12 @@ class CollectiveTransport:
         if size is None or size == self.size:
             return self
         return CollectiveTransport(process_set.rank() or 0, size, self._gather, process_set)
+
+    def close(self) -> None:
+        """Horovod's own shutdown tells peers."""
+
+    def who_left(self, patience_seconds: float) -> tuple[int, ...]:
+        return ()
 
 
 class LoopbackTransport:
@@ -171,6 +253,12 @@ class LoopbackTransport:
         twin = LoopbackTransport(members.index(self.ranks[self.rank]), len(members), self._board, self._timeout)
         twin.ranks = members
         return twin
+
+    def close(self) -> None:
+        """Peers find out by the timeout."""
+
+    def who_left(self, patience_seconds: float) -> tuple[int, ...]:
+        return ()
 
 
 def run_loopback(size: int, body: Callable[[Transport], T], timeout_seconds: float = 30.0) -> list[T | Exception]:

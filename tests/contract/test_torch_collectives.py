@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hvdscale.sync import Reduction
+from hvdscale.torch import handles
 
 DTYPES = [
     torch.uint8,
@@ -29,6 +30,13 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "every second column": lambda t: t[:, ::2],
     "empty": lambda t: t[:0],
 }
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_to_do() -> Iterator[None]:
+    """What a handle has left to do once its output is there is dropped when that is done."""
+    yield
+    assert not handles._unfinished
 
 
 def own(rank: int, dtype: torch.dtype, layout: str = "plain") -> Tensor:

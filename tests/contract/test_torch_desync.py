@@ -35,6 +35,7 @@ def test_a_group_added_later(driver: Any, hvd: Any, rank: int, size: int) -> Non
     optimizer = hvd.DistributedOptimizer(torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1))
     with expectation(driver, size):
         optimizer.add_param_group({"params": [torch.ones(2 + (rank == size - 1), requires_grad=True)]})
+    assert len(optimizer.param_groups) == (1 if size > 1 else 2)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,27 @@ def test_closures_are_evaluated_together(driver: ContractDriver, hvd: Any, rank:
     assert_same_everywhere(driver, model.parameters())
 
 
+@pytest.mark.parametrize("groups", [None, 1, 3])
+def test_a_rank_that_never_saw_a_sparse_gradient_sends_one(
+    driver: ContractDriver, hvd: Any, rank: int, size: int, groups: int | None
+) -> None:
+    """Without ``model=`` only ranks that use the table know: at the first step, and where it is used later."""
+    tables = nn.ModuleList(nn.Embedding(4, 2, sparse=True) for _ in range(2))
+    dense = nn.Linear(2, 2)
+    parameters = [*tables.parameters(), *dense.parameters()]
+    for p in parameters:
+        nn.init.ones_(p)
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(parameters, lr=0.1), groups=groups)
+    for step in range(4):
+        optimizer.zero_grad()
+        rows = tables[step // 2](torch.tensor([step])) if rank == size - 1 else torch.ones(1, 2)
+        dense(rows).sum().backward()
+        optimizer.step()
+        assert_same_everywhere(driver, parameters)
+    touched = [(table.weight != 1).any(1).tolist() for table in tables]
+    assert touched == [[True, True, False, False], [False, False, True, True]]
+
+
 @pytest.mark.parametrize("as_dense", [False, True])
 @pytest.mark.parametrize("kind", ["SparseAdam", "SGD"])
 def test_sparse_gradients(driver: ContractDriver, hvd: Any, rank: int, size: int, kind: str, as_dense: bool) -> None:

@@ -153,9 +153,51 @@ def test_a_group_added_later_is_reduced(driver: ContractDriver, hvd: Any, rank: 
     assert_gradients(model, mean_gradients(model, size))
     optimizer.step()
     assert_same_everywhere(driver, model.parameters())
-    with pytest.raises(hvd.PlanError, match="Name all of them"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
-    assert len(optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["in torch's way", "by place"])
+def test_a_module_made_later_is_reduced(driver: ContractDriver, hvd: Any, rank: int, size: int, named: bool) -> None:
+    """Its parameters could not be named when the others were."""
+    model = network()
+    given = list(model.named_parameters()) if named else [p for _, p in model.named_parameters()]
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(given, lr=0.1), model=model)
+    model.append(nn.Linear(1, 2))
+    for p in model[3].parameters():
+        nn.init.ones_(p)
+    added = [(f"3.{n}", p) for n, p in model[3].named_parameters()] if named else list(model[3].parameters())
+    optimizer.add_param_group({"params": added})
+    backward(model, rank)
+    assert_gradients(model, mean_gradients(model, size))
+    optimizer.step()
+    assert_same_everywhere(driver, model.parameters())
+
+
+def test_a_copy_on_one_rank_only_shifts_nobodys_messages(
+    driver: ContractDriver, hvd: Any, rank: int, size: int
+) -> None:
+    """As when one rank keeps the best model so far."""
+    model = network()
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    kept = copy.deepcopy((model, optimizer)) if rank == 0 else None
+    later = network(1)
+    another = hvd.DistributedOptimizer(torch.optim.SGD(later.parameters(), lr=0.1), model=later)
+    for net, its in ((model, optimizer), (later, another)):
+        backward(net, rank)
+        its.step()
+        assert_same_everywhere(driver, net.parameters())
+    assert (kept is None) == (rank != 0)
+
+
+def test_a_copy_knows_what_is_sparse(driver: ContractDriver, hvd: Any, rank: int, size: int) -> None:
+    table = nn.Embedding(4, 2, sparse=True)
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(table.parameters(), lr=1.0), model=table)
+    table, optimizer = copy.deepcopy((table, optimizer))
+    before = table.weight.detach().clone()
+    if rank == 0:  # others have no gradient to tell them
+        table(torch.tensor([1])).sum().backward()
+    optimizer.step()
+    assert_same_everywhere(driver, table.parameters())
+    torch.testing.assert_close(before - table.weight, torch.tensor([[0.0], [1.0], [0.0], [0.0]]).expand(4, 2) / size)
 
 
 def test_parameters_frozen_and_unfrozen_on_the_way(driver: ContractDriver, hvd: Any, rank: int, size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 
 from hvdscale.errors import BuildError
 from hvdscale.runtime.horovod_build import HOROVOD, Edit
-from hvdscale.runtime.horovod_build.source import check_archive, environment, unpack
+from hvdscale.runtime.horovod_build.source import check_archive, environment, fetch_source, unpack
+from hvdscale.runtime.process import Finished
 from tests.core.fake_tools import make_archive, make_files
 
 
@@ -79,3 +81,25 @@ def test_the_environment_names_each_framework_once(frameworks: list[str], expect
 @pytest.mark.parametrize(("users", "expected"), [({}, "-j3"), ({"MAKEFLAGS": "-j1"}, "-j1")])
 def test_the_users_number_of_jobs_wins(users: dict[str, str], expected: str) -> None:
     assert environment(users, ["torch"], jobs=3)["MAKEFLAGS"] == expected
+
+
+def test_two_builds_may_fetch_at_once(tmp_path: Path) -> None:
+    """Each has a folder of its own: the second comes and is done while the first is still at it."""
+    source = make_archive(tmp_path / "index", make_files())
+    served = (tmp_path / "index" / source.archive).read_bytes()
+    cache = tmp_path / "cache"
+    folders: list[Path] = []
+
+    def pip(command: Sequence[str], folder: Path) -> Finished:
+        target = Path(command[command.index("--dest") + 1]) / source.archive
+        folders.append(target.parent)
+        target.write_bytes(served[:100])
+        if len(folders) == 1:
+            assert fetch_source(source, cache, pip) == cache / source.archive
+        assert target.read_bytes() == served[:100]
+        target.write_bytes(served)
+        return Finished(0, "", 0.0)
+
+    assert fetch_source(source, cache, pip).read_bytes() == served
+    assert len(set(folders)) == 2
+    assert [path.name for path in cache.iterdir()] == [source.archive]

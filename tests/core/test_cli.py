@@ -39,29 +39,32 @@ def test_help_of_the_build_explains_every_edit() -> None:
         assert f"{edit.file}: {edit.why}" in shown
 
 
-@pytest.mark.parametrize("command", ["build-horovod", "doctor", "run"])
-def test_each_help_has_an_exit_code_of_zero_and_an_example_or_a_promise(command: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("build-horovod", "hvdscale build-horovod --install                  build for everything installed here"),
+        ("doctor", "The exit code is 0 only if all is well."),
+        ("run", "hvdscale run -np 8 -H node1:4,node2:4 train.py     4 ranks on each of two hosts, over ssh"),
+    ],
+)
+def test_each_help_has_an_example_or_a_promise(command: str, says: str) -> None:
     shown = run(command, "--help")
     assert shown.returncode == 0
-    assert f"hvdscale {command}" in shown.stdout
+    assert says in shown.stdout
 
 
-def test_help_imports_nothing_heavy_and_takes_less_than_300_ms() -> None:
+def test_help_imports_nothing_heavy() -> None:
     script = (
-        "import time; start = time.perf_counter()\n"
         "import sys, json\n"
         "from hvdscale.cli.main import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
-        "print(json.dumps([time.perf_counter() - start, sorted(sys.modules)]))"
+        "print(json.dumps(sorted(sys.modules)))"
     )
-    best = 1.0
-    for _ in range(3):
-        shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-        seconds, modules = json.loads(shown.stdout.splitlines()[-1])
-        best = min(best, seconds)
-        assert not {"torch", "tensorflow", "keras", "horovod", "mpi4py", "numpy", "rich"} & set(modules)
-    assert best < 0.3
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loaded = set(json.loads(shown.stdout.splitlines()[-1]))
+    assert "hvdscale.cli.main" in loaded
+    assert not {"torch", "tensorflow", "keras", "horovod", "mpi4py", "numpy", "rich"} & loaded
 
 
 @pytest.mark.parametrize(

@@ -147,24 +147,12 @@ def test_a_rule_that_is_broken_is_seen(tmp_path: Path) -> None:
     assert rooms_imported(path) == {"sync"}
 
 
-MEASURE = """
-import sys, time
-start = time.perf_counter()
-import hvdscale
-seconds = time.perf_counter() - start
-import json
-print(json.dumps([seconds, sorted(sys.modules)]))
-"""
-
-
 def test_import_of_the_package_is_light() -> None:
-    best = 1.0
-    for _ in range(5):
-        shown = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
-        seconds, loaded = json.loads(shown.stdout)
-        best = min(best, seconds)
-        assert not (FRAMEWORKS | {"numpy", "rich"}) & set(loaded)
-    assert best < 0.2
+    """How long it takes is shown by ci/bench/overhead."""
+    code = "import sys; before = set(sys.modules)\nimport hvdscale\nprint(*set(sys.modules) - before)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in shown.stdout.split()}
+    assert loaded - set(sys.stdlib_module_names) == {"hvdscale"}
 
 
 def test_import_of_the_whole_core_loads_no_framework() -> None:

@@ -30,9 +30,11 @@ def without(env: dict[str, str], *names: str) -> dict[str, str]:
             {"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
             Launch("mpiexec (PMI)", "mpi", 1, 4, 1, 2),
         ),
-        ({"PMI_RANK": "1", "PMI_SIZE": "4"}, Launch("mpiexec (PMI)", "mpi", 1, 4, 1, 4)),
+        ({"PMI_RANK": "1", "PMI_SIZE": "4"}, Launch("mpiexec (PMI)", "mpi", 1, 4, 1, 0)),
+        ({"PMI_RANK": "0", "PMI_SIZE": "1"}, Launch("mpiexec (PMI)", "mpi", 0, 1, 0, 1)),
         (
-            {"PMIX_RANK": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4"},
+            {"PMIX_RANK": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
+            | {"SLURM_NODEID": "1"},
             Launch("srun (PMIx)", "mpi", 5, 8, 1, 4),
         ),
         # An interactive Slurm allocation names a number of tasks, but this process is none of them.
@@ -42,7 +44,18 @@ def without(env: dict[str, str], *names: str) -> dict[str, str]:
         # Somebody's MASTER_ADDR alone does not make this a torchrun job.
         ({"MASTER_ADDR": "10.0.0.1"}, Launch("none", "single")),
     ],
-    ids=["alone", "mpirun", "gloo", "pmi", "pmi-local-unknown", "srun", "salloc", "mpirun+pmix", "stray-address"],
+    ids=[
+        "alone",
+        "mpirun",
+        "gloo",
+        "pmi",
+        "pmi-local-unknown",
+        "pmi-alone",
+        "srun",
+        "salloc",
+        "mpirun+pmix",
+        "stray-address",
+    ],
 )
 def test_each_launcher_is_understood(env: dict[str, str], expected: Launch) -> None:
     assert read_launch(env) == expected
@@ -72,9 +85,27 @@ def test_what_does_not_fit_together_is_refused(env: dict[str, str], says: str) -
 
 
 @pytest.mark.parametrize(
-    ("size", "local_size", "hosts", "spans_hosts"),
-    [(1, 1, 1, False), (2, 2, 1, False), (8, 2, 4, True), (5, 2, 3, True)],
+    ("slurm", "local_size"),
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "7"}, 7),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_NODEID": "0"}, 2),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_NODEID": "2"}, 2),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_NODEID": "3"}, 1),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1,2,4", "SLURM_NODEID": "2"}, 4),
+        # The step's own list comes before the job's.
+        ({"SLURM_STEP_TASKS_PER_NODE": "3,4", "SLURM_TASKS_PER_NODE": "7", "SLURM_NODEID": "1"}, 4),
+        ({"SLURM_TASKS_PER_NODE": "3,4", "SLURM_NODEID": "0"}, 3),
+        # Unknown:
+        ({}, 0),
+        ({"SLURM_STEP_TASKS_PER_NODE": "3,4"}, 0),
+        ({"SLURM_STEP_TASKS_PER_NODE": "3,4", "SLURM_NODEID": "2"}, 0),
+        ({"SLURM_STEP_TASKS_PER_NODE": "three", "SLURM_NODEID": "0"}, 0),
+        # --ntasks-per-node is what was asked for at most, not what is there.
+        ({"SLURM_NTASKS_PER_NODE": "4", "SLURM_NODEID": "0"}, 0),
+    ],
+    ids=lambda v: ",".join(f"{k}={x}" for k, x in v.items()) or "nothing" if isinstance(v, dict) else "",
 )
-def test_hosts(size: int, local_size: int, hosts: int, spans_hosts: bool) -> None:
-    launch = Launch("mpirun (Open MPI)", "mpi", 0, size, 0, local_size)
-    assert (launch.hosts, launch.spans_hosts) == (hosts, spans_hosts)
+def test_how_many_tasks_of_slurm_share_this_host(slurm: dict[str, str], local_size: int) -> None:
+    launch = read_launch({"PMIX_RANK": "0", "SLURM_NTASKS": "7", "SLURM_LOCALID": "0"} | slurm)
+    assert launch.local_size == local_size
+    assert launch.spans_hosts == (local_size < 7)

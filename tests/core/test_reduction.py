@@ -62,11 +62,9 @@ def test_a_number_of_groups_cuts_evenly_and_loses_nothing(count: int, positions:
     assert not sizes or max(sizes) - min(sizes) <= 1
 
 
-@pytest.mark.parametrize("predivide", [1.0, 4.0, 0.5])
-def test_scales_undo_each_other(predivide: float) -> None:
-    before, after = Reduction(predivide=predivide).scales()
-    assert before * after == 1.0
-    assert before == 1 / predivide
+@pytest.mark.parametrize(("predivide", "scales"), [(1.0, (1.0, 1.0)), (4.0, (0.25, 4.0)), (0.5, (2.0, 0.5))])
+def test_what_is_divided_before_the_sum_is_given_back_after(predivide: float, scales: tuple[float, float]) -> None:
+    assert Reduction(predivide=predivide).scales() == scales
 
 
 def test_who_updates() -> None:

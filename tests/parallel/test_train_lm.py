@@ -124,6 +124,6 @@ def test_wrong_input_ends_the_keras_job_too(backend: str) -> None:
 def assert_refused(finished: Finished, script: str, message: str) -> None:
     assert finished.returncode == 2, finished.output
     lines = [line for line in finished.output.splitlines() if line.startswith(f"{script}.py: error: ")]
-    assert lines
-    assert all(message in line for line in lines)
+    assert any(message in line for line in lines)
+    assert all(message in line or "another rank cannot start" in line for line in lines)
     assert "Traceback" not in finished.output

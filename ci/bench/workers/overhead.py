@@ -64,12 +64,14 @@ def main() -> None:
     parser.add_argument("--framework", choices=("torch", "tensorflow"), required=True)
     parser.add_argument("--steps", type=int, required=True)
     options = parser.parse_args()
+    package = seconds(lambda: importlib.import_module("hvdscale"))
     import_plain = seconds(lambda: importlib.import_module(options.framework))
     import_ours = seconds(lambda: importlib.import_module(f"hvdscale.{options.framework}"))
     plain, wrapped, wrap = torch_steps() if options.framework == "torch" else tensorflow_steps()
     step_plain, step_ours = alternate(plain, wrapped, options.steps)
     leave_result(
         0,
+        package_ours=package,
         import_plain=import_plain,
         import_ours=import_plain + import_ours,
         step_plain=step_plain,

@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 import tarfile
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -127,31 +128,32 @@ def fetch_source(source: Source, folder: Path, run: Run) -> Path:
         else:
             return archive
     folder.mkdir(parents=True, exist_ok=True)
-    incoming = folder / "incoming"
+    with tempfile.TemporaryDirectory(prefix="incoming-", dir=folder) as own:  # another build may be fetching too
+        fetched = _download(source, Path(own), run)
+        check_archive(fetched, source.sha256)
+        fetched.replace(archive)
+    return archive
+
+
+def _download(source: Source, incoming: Path, run: Run) -> Path:
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
-    pinned = folder / f"horovod-{source.version}.txt"
+    pinned = incoming / "requirement.txt"
     pinned.write_text(f"horovod=={source.version} --hash=sha256:{source.sha256}\n")
     # With the hash pip refuses another file before it runs anything in it.
-    finished = run([*pip, "--dest", str(incoming), "--require-hashes", "--requirement", str(pinned)], folder)
+    finished = run([*pip, "--dest", str(incoming), "--require-hashes", "--requirement", str(pinned)], incoming)
     fetched = incoming / source.archive
-    if finished.returncode != 0 or not fetched.is_file():
-        tail = "\n".join(finished.output.splitlines()[-5:])
-        if "DO NOT MATCH THE HASHES" in finished.output:
-            raise BuildError(
-                f"{source.archive} must have SHA-256\n  {source.sha256}\nbut the package index served another file:\n"
-                f"{tail}\nNothing in it was run. Check which index and mirror pip uses (`pip config list`), then retry."
-            )
+    if finished.returncode == 0 and fetched.is_file():
+        return fetched
+    tail = "\n".join(finished.output.splitlines()[-5:])
+    if "DO NOT MATCH THE HASHES" in finished.output:
         raise BuildError(
-            f"pip could not download the source of Horovod {source.version}:\n{tail}\n"
-            "Check the network, the proxy and the index in `pip config list`, then retry."
+            f"{source.archive} must have SHA-256\n  {source.sha256}\nbut the package index served another file:\n"
+            f"{tail}\nNothing in it was run. Check which index and mirror pip uses (`pip config list`), then retry."
         )
-    try:
-        check_archive(fetched, source.sha256)
-    except BuildError:
-        fetched.unlink()
-        raise
-    fetched.replace(archive)
-    return archive
+    raise BuildError(
+        f"pip could not download the source of Horovod {source.version}:\n{tail}\n"
+        "Check the network, the proxy and the index in `pip config list`, then retry."
+    )
 
 
 def unpack(source: Source, archive: Path, folder: Path) -> Path:
