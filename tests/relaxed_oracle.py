@@ -100,7 +100,7 @@ def trajectory(
             move(part, mean)
             x[:, part] += mixing * (anchor[part] - sent)
         for i, part in enumerate(pieces):
-            if steps < first[i] or (steps - first[i]) % every or overlap:
+            if steps < first[i] or (steps - first[i]) % every:
                 move(part, (anchor[part] - x[:, part]).mean(axis=0))
             x[:, part] = anchor[part]
     return x

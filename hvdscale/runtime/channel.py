@@ -6,14 +6,14 @@ any control transport (threads of one process, for tests), and the world of one.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from hvdscale.runtime.transport import Transport
+from hvdscale.runtime.transport import MPITransport, RankSet, Transport
 
 __all__ = ["Channel", "HorovodChannel", "MPIChannel", "SoloChannel", "TransportChannel"]
 
@@ -21,7 +21,7 @@ Bytes = npt.NDArray[np.uint8]
 Float32s = npt.NDArray[np.float32]
 Float64s = npt.NDArray[np.float64]
 
-_PAUSE_SECONDS = 0.0005  # between two looks at a message that travels while training goes on
+_PAUSE_SECONDS = 0.0005
 
 
 class Channel(Protocol):
@@ -95,29 +95,32 @@ class SoloChannel:
 
 
 class MPIChannel:
-    """mpi4py on a private duplicate of ``comm``; collective.
+    """mpi4py on a private duplicate of the communicator of ``transport``; collective.
 
-    ``patient``: messages are looked after from time to time, by a thread that sleeps in between and leaves the core
-    to the training step. Otherwise the caller waits inside MPI.
+    ``patient``: messages are looked after by a thread that sleeps between two looks and leaves the core to the
+    training step. Otherwise the caller waits inside MPI.
     """
 
-    def __init__(self, comm: Any, patient: bool = False, ranks: tuple[int, ...] | None = None) -> None:
-        self._comm = comm.Dup()
-        self._patient = patient
-        self.rank: int = comm.Get_rank()
-        self.size: int = comm.Get_size()
-        self.ranks = tuple(range(self.size)) if ranks is None else ranks
+    def __init__(self, transport: MPITransport, patient: bool = False) -> None:
+        self._origin, self._patient = transport, patient
+        self._transport = transport.twin(_PAUSE_SECONDS if patient else 0.0)
+        self._comm = self._transport.communicator
+        self.rank = transport.rank
+        self.size = transport.size
+        self.ranks = transport.ranks
         self.sent_bytes = 0
 
     def table(self, row: Float64s) -> Float64s:
-        return self.allgather(row.view(np.uint8)).view(np.float64)
+        # Through the transport, which tells when a rank has left the job.
+        self.sent_bytes += (self.size - 1) * row.nbytes
+        return np.stack([np.frombuffer(data, np.float64) for data in self._transport.allgather(row.tobytes())])
 
     def allreduce(self, values: Float32s) -> None:
         from mpi4py import MPI
 
         self.sent_bytes += _ring_bytes(self.size, values.nbytes)
         if self._patient:
-            self._await(self._comm.Iallreduce(MPI.IN_PLACE, [values, MPI.FLOAT], MPI.SUM))
+            self._transport.wait(self._comm.Iallreduce(MPI.IN_PLACE, [values, MPI.FLOAT], MPI.SUM))
         else:
             self._comm.Allreduce(MPI.IN_PLACE, [values, MPI.FLOAT], MPI.SUM)
 
@@ -126,8 +129,7 @@ class MPIChannel:
 
         received = np.empty_like(rows)
         self.sent_bytes += (self.size - 1) * rows.shape[1]
-        start = self._comm.Ialltoall if self._patient else self._comm.Alltoall
-        self._await(start([rows, MPI.BYTE], [received, MPI.BYTE]))
+        self._transport.wait(self._comm.Ialltoall([rows, MPI.BYTE], [received, MPI.BYTE]))
         return received
 
     def allgather(self, data: Bytes) -> Bytes:
@@ -135,8 +137,7 @@ class MPIChannel:
 
         everyone = np.empty((self.size, data.size), np.uint8)
         self.sent_bytes += (self.size - 1) * data.size
-        start = self._comm.Iallgather if self._patient else self._comm.Allgather
-        self._await(start([data, MPI.BYTE], [everyone, MPI.BYTE]))
+        self._transport.wait(self._comm.Iallgather([data, MPI.BYTE], [everyone, MPI.BYTE]))
         return everyone
 
     def swap(self, data: Bytes, to: int, source: int) -> Bytes:
@@ -145,22 +146,12 @@ class MPIChannel:
         received = np.empty_like(data)
         self.sent_bytes += data.nbytes
         sending = self._comm.Isend([data, MPI.BYTE], to)
-        self._await(self._comm.Irecv([received, MPI.BYTE], source))
-        self._await(sending)
+        self._transport.wait(self._comm.Irecv([received, MPI.BYTE], source))
+        self._transport.wait(sending)
         return received
 
     def subset(self, ranks: Sequence[int]) -> Channel:
-        group = self._comm.Get_group().Incl(list(ranks))
-        return MPIChannel(self._comm.Create_group(group), self._patient, tuple(self.ranks[r] for r in ranks))
-
-    def _await(self, request: Any) -> None:
-        if request is None:
-            return
-        if not self._patient:
-            request.Wait()
-            return
-        while not request.Test():
-            time.sleep(_PAUSE_SECONDS)
+        return MPIChannel(self._origin.subset(ranks_of(ranks, self.ranks)), self._patient)
 
 
 class HorovodChannel:
@@ -254,21 +245,25 @@ class TransportChannel:
         return np.frombuffer(self._everyone(data)[source], np.uint8).copy()
 
     def subset(self, ranks: Sequence[int]) -> Channel:
-        return TransportChannel(self._transport.subset(_Ranks(tuple(self.ranks[r] for r in ranks), self.ranks)))
+        return TransportChannel(self._transport.subset(ranks_of(ranks, self.ranks)))
 
     def _everyone(self, array: npt.NDArray[Any]) -> list[bytes]:
         return self._transport.allgather(array.tobytes())
 
 
+@dataclass(frozen=True)
 class _Ranks:
     """A set of ranks as a transport asks for it."""
 
-    def __init__(self, ranks: tuple[int, ...], world: tuple[int, ...]) -> None:
-        self.ranks: Sequence[int] | None = ranks
-        self._world = world
+    ranks: Sequence[int] | None
 
     def rank(self) -> int | None:
         return None
 
     def size(self) -> int | None:
-        return len(self.ranks or self._world)
+        return None if self.ranks is None else len(self.ranks)
+
+
+def ranks_of(positions: Sequence[int], world: Sequence[int]) -> RankSet:
+    """The global ranks at ``positions``."""
+    return _Ranks(tuple(world[position] for position in positions))

@@ -64,9 +64,13 @@ class LocalSync(Generic[T]):
     """
 
     def __init__(self, rounds: Rounds, store: Store, convert: Callable[[Float32s], T]) -> None:
+        self._convert = convert
+        self.resume(rounds, store)
+
+    def resume(self, rounds: Rounds, store: Store) -> None:
+        """Go on with other rounds, over more tensors."""
         self._rounds = rounds
         self._store = store
-        self._convert = convert
 
     def flush(self) -> None:
         self._rounds.flush()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from hvdscale.errors import PlanError
+from hvdscale.sync.reduction import Reduction
 from hvdscale.sync.schedule import Adaptive, Schedule, period
 from hvdscale.sync.wire import Codec, parse_wire
 from hvdscale.update import Outer
@@ -94,6 +95,19 @@ class Relaxed:
         if name != "mix" or not 0 < fraction <= 1:
             raise PlanError(f'merge is "adopt", "mix" or "mix:a" with 0 < a <= 1; it is {self.merge!r}.')
         return fraction
+
+    def check(self, reduction: Reduction) -> None:
+        """Raise PlanError where gradients would be reduced in a way that rounds have no meaning for."""
+        if reduction.op != "average":
+            raise PlanError(
+                f"{type(self).__name__} averages weights in rounds; op={reduction.op} of gradients does not go with "
+                "it. Use op=Average."
+            )
+        if reduction.predivide != 1.0:
+            raise PlanError(
+                f"{type(self).__name__} sends no gradients that gradient_predivide_factor={reduction.predivide} could "
+                "keep from overflowing. Leave it at 1.0; a round adds in float32."
+            )
 
     def facts(self) -> dict[str, object]:
         """What all ranks must agree on, by name."""

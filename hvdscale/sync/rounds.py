@@ -175,6 +175,39 @@ class Rounds:
         self._calendar.restart(self.step)
         return changed
 
+    def over(self, store: Store) -> Rounds:
+        """Finish the period, and go on with ``store``, which has more tensors or fewer. Collective.
+
+        The outer optimizer keeps what it knows of tensors with the same name and shape. New ones must hold the same
+        values on every rank.
+
+        Raises:
+            PlanError: more fragments than tensors.
+        """
+        self.flush()
+        twin = Rounds(self.plan, store, self._channel)
+        known = self._by_tensor()
+        for name, arrays in twin._by_tensor().items():
+            for slot, array in arrays.items():
+                if name in known and known[name][slot].size == array.size:
+                    array[:] = known[name][slot]
+        twin.metrics, twin.step, twin._departures = self.metrics, self.step, self._departures
+        for part, before in zip(twin._parts, self._parts, strict=True):
+            part.lr = before.lr
+        twin._calendar.restart(max(self.step, self.plan.warmup))
+        return twin
+
+    def _by_tensor(self) -> dict[str, dict[str, Float32s]]:
+        """The outer optimizer's arrays, cut into tensors: views by name of the tensor, then of the slot."""
+        specs, found = self._store.weights.specs, {}
+        for part in self._parts:
+            start = 0
+            for position in part.fragment.positions:
+                stop = start + specs[position].size
+                found[specs[position].name] = {slot: array[start:stop] for slot, array in part.slots.items()}
+                start = stop
+        return found
+
     def outer_weights(self) -> list[Float32s]:
         """The anchor: float32 weights in the shapes and the order of ``store.weights.specs``. Copies."""
         if not self._begun:  # ranks hold the same weights still

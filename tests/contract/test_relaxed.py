@@ -147,13 +147,18 @@ def test_metrics_count_rounds_and_bytes(driver: ContractDriver, rank: int, size:
     assert (metrics["drift"] > 0) == (size > 1)
 
 
+def start_training(driver: ContractDriver, **arguments: Any) -> None:
+    """What is wrong with a plan is said when the optimizer is wrapped or, in Keras, when it meets its variables."""
+    model = driver.model(initial_weights())
+    optimizer = driver.distribute(driver.optimizer("sgd", model), model, **arguments)
+    driver.train(model, optimizer, batches(1, 0))
+
+
 def test_ranks_with_different_plans_are_told(driver: ContractDriver, rank: int, size: int) -> None:
     if size == 1:
         return
-    model = driver.model(initial_weights())
     with pytest.raises(driver.hvd.DesyncError, match="every = 5"):
-        optimizer = driver.distribute(driver.optimizer("sgd", model), model, sync=LocalSGD(4 + (rank == size - 1)))
-        driver.train(model, optimizer, batches(2, rank))
+        start_training(driver, sync=LocalSGD(4 + (rank == size - 1)))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +172,5 @@ def test_ranks_with_different_plans_are_told(driver: ContractDriver, rank: int, 
 )
 def test_a_plan_that_cannot_be_is_refused(driver: ContractDriver, arguments: dict[str, Any], rule: str) -> None:
     given = {name: getattr(driver.hvd, value) if name == "op" else value for name, value in arguments.items()}
-    model = driver.model(initial_weights())
     with pytest.raises(driver.hvd.PlanError, match=rule):
-        optimizer = driver.distribute(driver.optimizer("sgd", model), model, **given)
-        driver.train(model, optimizer, batches(1, 0))
+        start_training(driver, **given)
