@@ -122,6 +122,14 @@ class Rounds:
         self._losses.append((float(loss), float(samples)))
         self._samples += samples
 
+    @property
+    def meets_next(self) -> bool:
+        """Whether ``after_step()`` of the next step will read or write tensors."""
+        step = self.step + 1
+        if not self._begun:
+            return step >= self.plan.warmup
+        return bool(self._calendar.due(step)) or any(flight.lands_at <= step for flight in self._flights)
+
     def before_step(self) -> None:
         """The weights, if no rank has trained alone yet, are the anchor."""
         if not self._begun and not self.warming_up:
@@ -137,6 +145,7 @@ class Rounds:
         samples, self._samples = self._samples or 1.0, 0.0
         self.step += 1
         if not self._begun:
+            self.before_step()
             return False
         for part in self._parts:
             part.samples += samples
