@@ -1,15 +1,13 @@
-"""Starting real ranks in tests: every launch has a hard deadline and its process group is killed at the end."""
+"""Starting real ranks in tests: every launch has a hard deadline, and nothing of it outlives the call."""
 
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from hvdscale.runtime import process
 
 BIN = Path(sys.executable).parent
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -22,13 +20,8 @@ LAUNCHERS: dict[str, list[str]] = {
 }
 
 
-@dataclass(frozen=True)
-class Finished:
-    """What a launch left behind. ``returncode`` is ``None`` when the deadline passed and it was killed."""
-
-    returncode: int | None
-    output: str
-    seconds: float
+class Finished(process.Finished):
+    """What a launch left behind. ``returncode`` is ``None`` when the deadline passed and it was ended."""
 
     def check(self) -> str:
         assert self.returncode == 0, f"exit code {self.returncode} after {self.seconds:.0f} s\n{self.output}"
@@ -57,32 +50,7 @@ def launch(
         "PYTHONPATH": str(REPOSITORY),
         **(env or {}),
     }
-    start = time.monotonic()
-    process = subprocess.Popen(
-        [*front, sys.executable, *command],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        cwd=cwd or REPOSITORY,
-        start_new_session=True,
+    finished = process.stream(
+        [*front, sys.executable, *command], env=environment, cwd=cwd or REPOSITORY, deadline_seconds=deadline_seconds
     )
-    returncode: int | None
-    try:
-        output, _ = process.communicate(timeout=deadline_seconds)
-        returncode = process.returncode
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        returncode = None
-    finally:
-        _kill_group(process.pid)
-    return Finished(returncode, output, time.monotonic() - start)
-
-
-def _kill_group(group: int) -> None:
-    try:
-        os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+    return Finished(finished.returncode, finished.output, finished.seconds)

@@ -11,9 +11,10 @@ from hvdscale.keras.optimizer import DistributedOptimizer, PartialDistributedOpt
 from hvdscale.keras.replicas import broadcast_variables
 from hvdscale.keras.saving import load_model
 from hvdscale.keras.values import allgather, allreduce, broadcast, broadcast_global_variables, reducescatter
-from hvdscale.sync import EveryStep
+from hvdscale.sync import EveryStep, Reduction
 
 _hvd = verbs.hvd
+reduce_gradients = verbs.reduce_gradients
 init = _hvd.init
 shutdown = _hvd.shutdown
 world = _hvd.world
@@ -64,6 +65,7 @@ __all__ = [
     "PlanError",
     "ProcessSet",
     "Product",
+    "Reduction",
     "ShardPlan",
     "StateError",
     "Sum",
@@ -96,6 +98,7 @@ __all__ = [
     "mpi_threads_supported",
     "nccl_built",
     "rank",
+    "reduce_gradients",
     "reducescatter",
     "remove_process_set",
     "rocm_built",

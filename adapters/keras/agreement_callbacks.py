@@ -10,6 +10,7 @@ import numpy as np
 
 from hvdscale.errors import PlanError
 from hvdscale.keras.backend import verbs
+from hvdscale.keras.first_weights import has_weights, when_built
 from hvdscale.keras.replicas import agree_on, broadcast_variables, model_state
 
 __all__ = ["BroadcastGlobalVariablesCallback", "MetricAverageCallback"]
@@ -20,8 +21,8 @@ _World = verbs.hvd.global_process_set
 class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):  # type: ignore[misc]
     """Copy the model's weights and the optimizer's state from one rank before the first step of ``fit``.
 
-    A model that has no variables yet when training begins is shared after its first batch. Seed generators are
-    not shared: dropout differs from rank to rank.
+    A model that its first batch builds is shared when that has built it, before it is computed. Seed generators
+    are not shared: dropout differs from rank to rank.
 
     Args:
         root_rank: the rank whose values everyone gets.
@@ -30,7 +31,8 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):  # type: ignor
 
     Raises:
         PlanError: ``local_variables`` holds something else than variables.
-        DesyncError: when training begins, if ranks hold different models or optimizers.
+        DesyncError: when training begins, if ranks hold different models or optimizers, or only some have built
+            theirs.
     """
 
     def __init__(self, root_rank: int, device: str = "", local_variables: Any = None) -> None:
@@ -51,7 +53,14 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):  # type: ignor
         self._local.update((id(var), id(getattr(var, "value", var))))
 
     def on_train_begin(self, logs: Any = None) -> None:
-        if self.broadcast_done or not self.model.built:
+        built = has_weights(self.model)
+        if verbs.world().size > 1:  # always, by all: a rank cannot know how far the others are
+            facts = {"the model has weights": built, "they were shared before": self.broadcast_done}
+            agree_on("the first weights", (), facts, _World)
+        if self.broadcast_done:
+            return
+        if not built:
+            when_built(self.model, self._share)
             return
         optimizer = self.model.optimizer
         if optimizer is not None and not optimizer.built and self.model.trainable_variables:
@@ -89,11 +98,12 @@ class MetricAverageCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self.device = device
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        if not logs or verbs.world().size == 1:
+        if verbs.world().size == 1:
             return
+        logs = {} if logs is None else logs
         names = sorted(name for name, value in logs.items() if np.ndim(value) == 0)
         own = np.array([float(logs[name]) for name in names], np.float64)  # [metrics]
-        agree_on("the metrics of the epoch", (), {"metrics": ", ".join(names)}, _World)
+        agree_on("the metrics of the epoch", (), {"metrics": ", ".join(names)}, _World)  # also where there are none
         everyone = verbs.control().allgather(own.tobytes())
         average = np.mean([np.frombuffer(data, np.float64) for data in everyone], axis=0)
         logs.update(zip(names, average.tolist(), strict=True))

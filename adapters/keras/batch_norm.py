@@ -24,8 +24,8 @@ _exchanging = itertools.count()
 class SyncBatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     """``keras.layers.BatchNormalization`` whose mean and variance in training are those of all ranks' batches.
 
-    Ranks may have batches of different sizes: every sample counts the same. Gradients flow through the shared
-    statistics.
+    Ranks may have batches of different sizes, also none: every sample counts the same. The result and the gradients
+    equal those of one process with the whole batch. In inference it is the plain layer.
 
     Args:
         fused: accepted as Horovod does; ``True`` is refused.
@@ -44,21 +44,31 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):  # type: ignore[m
         self._ordinal: int | None = None
 
     def _moments(self, inputs: Any, mask: Any) -> tuple[Any, Any]:
-        mean, variance = super()._moments(inputs, mask)  # [channels], [channels] of this rank
         ranks = self._process_set
-        if verbs.world().size == 1 or not ranks.included() or ranks.size() == 1:
-            return mean, variance
-        samples = ops.size(inputs) / inputs.shape[self.axis] if mask is None else ops.sum(ops.cast(mask, mean.dtype))
-        count = ops.reshape(ops.cast(samples, mean.dtype), (1,))
-        own = ops.where(count > 0, ops.concatenate([count, mean, variance]), 0.0)  # [1 + 2 channels]
-        # A gather with a gradient: every rank adds its row to zeros.
-        mine = ops.reshape(ops.one_hot(ranks.rank(), ranks.size(), dtype=mean.dtype), (-1, 1))
+        if not verbs.exchanges(ranks):
+            moments: tuple[Any, Any] = super()._moments(inputs, mask)
+            return moments
+        row = _row_of_moments(inputs, mask, self.axis, self._reduction_axes)
         if self._ordinal is None:
             self._ordinal = next(_exchanging)
-        # [ranks, 1 + 2 channels]
-        rows = verbs.sum_over_ranks(mine * own, ranks, f"sync_batch_normalization.{self._ordinal}")
+        rows = verbs.gather_rows(row, ranks, f"sync_batch_normalization.{self._ordinal}")  # [ranks, 1 + 2 channels]
         channels = inputs.shape[self.axis]
         counts, means, variances = rows[:, :1], rows[:, 1 : 1 + channels], rows[:, 1 + channels :]
-        share = counts / ops.sum(counts)  # [ranks, 1]
+        share = counts / ops.maximum(ops.sum(counts), 1)  # [ranks, 1]
         mean = ops.sum(share * means, axis=0)
         return mean, ops.sum(share * (variances + ops.square(means - mean)), axis=0)
+
+
+def _row_of_moments(inputs: Any, mask: Any, axis: int, others: list[int]) -> Any:
+    """``[1 + 2 channels]``: how many values a channel has on this rank, the means, the variances; zeros of none."""
+    weights = None if mask is None else ops.expand_dims(ops.cast(mask, inputs.dtype), -1)
+    values = ops.size(inputs) // inputs.shape[axis] if weights is None else ops.sum(weights)
+    count = ops.reshape(ops.cast(values, inputs.dtype), (1,))
+    divisor = ops.maximum(count, 1)  # of a sum over nothing, which is zero
+
+    def mean_of(tensor: Any) -> Any:
+        return ops.reshape(ops.sum(tensor if weights is None else weights * tensor, others), (-1,)) / divisor
+
+    mean = mean_of(inputs)  # [channels]
+    spread = [-1 if i == axis % len(inputs.shape) else 1 for i in range(len(inputs.shape))]
+    return ops.concatenate([count, mean, mean_of(ops.square(inputs - ops.reshape(mean, spread)))])

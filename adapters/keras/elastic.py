@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
-from horovod.common.elastic import ObjectState, run_fn
-from horovod.common.exceptions import HorovodInternalError
+from horovod.common.elastic import ObjectState
 
-from hvdscale.errors import PlanError, StateError
+from hvdscale.errors import PlanError
 from hvdscale.keras.backend import verbs
 from hvdscale.keras.keras_hooks import reducer_of
 from hvdscale.keras.replicas import broadcast_variables, model_state
-from hvdscale.runtime.transport import broadcast
+from hvdscale.runtime.values import ExactValues
 
 __all__ = [
     "CommitStateCallback",
@@ -27,44 +23,21 @@ __all__ = [
 ]
 
 
-def run(func: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate ``func(state, ...)`` to start again from the last commit when ranks are lost or join.
-
-    Before each start the state of rank 0 goes to all. ``func`` may hold no collective of its own before it uses
-    ``state``.
-    """
-
-    @functools.wraps(func)
-    def guarded(state: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return func(state, *args, **kwargs)
-        except Exception as error:
-            # TensorFlow wraps the failure of a collective in an error of its own.
-            if type(error).__module__.startswith("tensorflow") and "Horovod" in str(error):
-                raise HorovodInternalError(str(error)) from error
-            raise
-
-    wrapped: Callable[..., Any] = run_fn(guarded, _reset)
-    return wrapped
+run = verbs.hvd.elastic.run
 
 
-def _reset() -> None:
-    verbs.hvd.shutdown()
-    verbs.hvd.init()
-
-
-class KerasState(ObjectState):  # type: ignore[misc]
+class KerasState(ExactValues, ObjectState):  # type: ignore[misc]
     """A model, its optimizer and further values: saved in memory, restored after a failure, shared by rank 0.
 
     Args:
         model: a built Keras model.
         optimizer: its optimizer; by default the one it was compiled with.
-        kwargs: further values, which become attributes (``state.epoch``). They travel as JSON: numbers,
-            strings, lists and dictionaries of them.
+        kwargs: further values, which become attributes (``state.epoch``): numbers, strings, bytes, NumPy arrays,
+            and lists, tuples, sets and dictionaries of them. They arrive as they are, in type and value.
 
     Raises:
         PlanError: the model has no variables yet, or there is no optimizer.
-        StateError: a value that JSON cannot hold, when it is shared.
+        StateError: another kind of value, when it is given and at each commit.
     """
 
     def __init__(self, model: Any, optimizer: Any = None, **kwargs: Any) -> None:
@@ -77,7 +50,7 @@ class KerasState(ObjectState):  # type: ignore[misc]
         if not self.optimizer.built:
             self.optimizer.build(model.trainable_variables)
         self._keep()
-        super().__init__(bcast_object=_broadcast_value, get_rank=verbs.hvd.rank, **kwargs)
+        super().__init__(verbs.control, verbs.hvd.rank, **kwargs)
 
     def save(self) -> None:
         """Keep the current values in memory."""
@@ -106,23 +79,6 @@ class KerasState(ObjectState):  # type: ignore[misc]
 
     def _keep(self) -> None:
         self._kept = [np.array(keras.ops.convert_to_numpy(v)) for v in self._variables()]
-
-
-def _broadcast_value(value: Any) -> Any:
-    try:
-        data = json.dumps(value, default=_plain).encode()
-    except TypeError as error:
-        raise StateError(
-            f"State travels as JSON, which cannot hold this: {error}. Keep numbers, strings, lists and "
-            "dictionaries of them."
-        ) from error
-    return json.loads(broadcast(verbs.control(), data))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (np.generic, np.ndarray)):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} {value!r}")
 
 
 class CommitStateCallback(keras.callbacks.Callback):  # type: ignore[misc]

@@ -9,13 +9,16 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from horovod.tensorflow.mpi_ops import _allreduce
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 import hvdscale.tensorflow as hvd
 from hvdscale.sync import Reduction
 from hvdscale.tensorflow import sync
+from hvdscale.tensorflow.channel import open_channel
+from hvdscale.tensorflow.kinds import in_kind, kind_of
+from hvdscale.tensorflow.messages import exchanges
 from hvdscale.tensorflow.runtime import control, world
+from hvdscale.tensorflow.sync import op_name
 
 __all__ = [
     "apart_from_compilers",
@@ -24,14 +27,21 @@ __all__ = [
     "compiled_by_xla",
     "control",
     "eager",
+    "exchanges",
+    "gather_rows",
     "hvd",
+    "in_kind",
     "initialised",
+    "kind_of",
+    "only_if",
+    "op_name",
+    "open_channel",
     "reduce_gradients",
+    "run_between_steps",
     "scaled",
     "sum_over_ranks",
     "tensor",
     "world",
-    "zeros_like",
 ]
 
 FRAMEWORK = "tensorflow"
@@ -84,11 +94,6 @@ def scaled(gradient: Any, factor: float) -> Any:
     return gradient * tf.cast(factor, gradient.dtype)
 
 
-def zeros_like(variable: Any) -> Any:
-    """A gradient of zeros for ``variable``."""
-    return tf.zeros(variable.shape, variable.dtype)
-
-
 def broadcast_bytes(data: np.ndarray, root_rank: int, process_set: Any, name: str) -> np.ndarray:
     """``data`` (uint8) of ``root_rank``, on every rank of ``process_set``."""
     with tf.init_scope():
@@ -98,18 +103,67 @@ def broadcast_bytes(data: np.ndarray, root_rank: int, process_set: Any, name: st
 
 
 def sum_over_ranks(value: Any, process_set: Any, name: str) -> Any:
-    """The sum of a float tensor over ranks; its gradient is summed over ranks too."""
+    """The sum of a float tensor over ranks."""
+    return hvd.allreduce(value, name=name, op=hvd.Sum, process_set=process_set, ignore_name_scope=True)
 
-    def send(tensor: Any, what: str) -> Any:
-        return _allreduce(tensor, name=what, op=hvd.Sum, process_set=process_set, ignore_name_scope=True)
+
+def gather_rows(row: Any, process_set: Any, name: str) -> Any:
+    """``[k]`` of each rank -> ``[ranks, k]``. What depends on this rank's row is summed over all ranks' losses."""
+    world_set = process_set.process_set_id == hvd.global_process_set.process_set_id
 
     @tf.custom_gradient
-    def summed(tensor: Any) -> Any:
-        return send(tensor, name), lambda upstream: send(upstream, f"{name}.gradient")
+    def gathered(row: Any) -> Any:
+        def gradient(upstream: Any) -> Any:
+            total = sum_over_ranks(upstream, process_set, f"{name}.gradient")
+            # Asked for when the graph runs: in an elastic job it may have changed by then.
+            return total[hvd.rank_op() if world_set else process_set.rank()]
 
-    return summed(value)
+        return hvd.allgather(row[None], name=name, process_set=process_set, ignore_name_scope=True), gradient
+
+    return gathered(row)
 
 
 def reduce_gradients(gradients: Sequence[Any], reduction: Reduction, **arguments: Any) -> list[Any]:
     """As ``hvdscale.tensorflow``'s, by the given name alone: Keras's scopes hold counters that differ between ranks."""
     return sync.reduce_gradients(gradients, reduction, ignore_name_scope=True, **arguments)
+
+
+def only_if(condition: Callable[[], bool], change: Callable[[list[Any]], list[Any]], tensors: list[Any]) -> list[Any]:
+    """``change(tensors)`` where ``condition()`` holds when the step runs; ``tensors`` elsewhere. ``None`` stays."""
+    present = [i for i, t in enumerate(tensors) if t is not None]
+    dense = [as_dense(tensors[i]) for i in present]
+
+    def changed() -> list[Any]:
+        whole: list[Any] = [None] * len(tensors)
+        for i, value in zip(present, dense, strict=True):
+            whole[i] = value
+        return [as_dense(change(whole)[i]) for i in present]
+
+    holds = tf.numpy_function(lambda: np.bool_(condition()), [], tf.bool)
+    holds.set_shape(())
+    results = tf.cond(holds, changed, lambda: [tf.identity(t) for t in dense])
+    whole = list(tensors)
+    for i, value in zip(present, results, strict=True):
+        whole[i] = value
+    return whole
+
+
+def run_between_steps(local: Any) -> None:
+    """Count a step of ``local``, and meet if it is time to. In a graph: each time it runs.
+
+    A graph knows nothing of variables that Python touches while it runs, and would read them too early. So
+    their values are handed out, and come back as results that the graph assigns.
+    """
+    meets = tf.numpy_function(lambda: np.bool_(local.count()), [], tf.bool)
+    meets.set_shape(())
+
+    def meet() -> tf.Tensor:
+        variables = [v.value for v in local.variables]
+        lr = tf.cast(tf.convert_to_tensor(local.learning_rate), tf.float32)
+        results = tf.numpy_function(local.meet_on, [lr, *variables], [v.dtype for v in variables])
+        for variable, result in zip(variables, results, strict=True):
+            result.set_shape(variable.shape)
+            variable.assign(result)
+        return tf.constant(0)
+
+    tf.cond(meets, meet, lambda: tf.constant(0))

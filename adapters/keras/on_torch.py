@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 import hvdscale.torch as hvd
-from hvdscale.torch.gradients import reduce_gradients
+from hvdscale.sync import Kind
+from hvdscale.torch.channel import open_channel
+from hvdscale.torch.gradients import HOROVOD_OPS, reduce_gradients
 from hvdscale.torch.runtime import control, world
 
 __all__ = [
@@ -21,14 +23,21 @@ __all__ = [
     "compiled_by_xla",
     "control",
     "eager",
+    "exchanges",
+    "gather_rows",
     "hvd",
+    "in_kind",
     "initialised",
+    "kind_of",
+    "only_if",
+    "op_name",
+    "open_channel",
     "reduce_gradients",
+    "run_between_steps",
     "scaled",
     "sum_over_ranks",
     "tensor",
     "world",
-    "zeros_like",
 ]
 
 FRAMEWORK = "torch"
@@ -37,6 +46,11 @@ FRAMEWORK = "torch"
 def eager() -> AbstractContextManager[Any]:
     """What runs inside happens now: here everything does."""
     return nullcontext()
+
+
+def exchanges(process_set: Any) -> bool:
+    """Whether this rank has anyone to exchange with."""
+    return bool(process_set.included()) and process_set.size() > 1
 
 
 def initialised(variables: Sequence[Any]) -> bool:
@@ -72,9 +86,25 @@ def scaled(gradient: Any, factor: float) -> Any:
     return gradient * factor
 
 
-def zeros_like(variable: Any) -> Any:
-    """A gradient of zeros for ``variable``."""
-    return torch.zeros_like(variable.value)
+def kind_of(gradient: Any) -> Kind:
+    """What this gradient is."""
+    if gradient is None:
+        return Kind.NONE
+    return Kind.SPARSE if gradient.is_sparse else Kind.DENSE
+
+
+def in_kind(gradient: Any, variable: Any, kind: Kind) -> Any:
+    """``gradient`` of ``variable`` turned into ``kind``, which is no less than its own; its value stays."""
+    if kind_of(gradient) == kind:
+        return gradient
+    if gradient is None:
+        gradient = torch.zeros_like(variable.value)
+    return as_dense(gradient) if kind is Kind.DENSE else gradient.to_sparse(1)
+
+
+def op_name(op: int) -> Any:
+    """Horovod's reduction constant as ``Reduction`` names it; unknown ones as they are, for it to refuse."""
+    return next((name for name, constant in HOROVOD_OPS.items() if constant == op), op)
 
 
 def broadcast_bytes(data: np.ndarray, root_rank: int, process_set: Any, name: str) -> np.ndarray:
@@ -84,20 +114,36 @@ def broadcast_bytes(data: np.ndarray, root_rank: int, process_set: Any, name: st
     return result
 
 
-class _Sum(torch.autograd.Function):
+def sum_over_ranks(value: Any, process_set: Any, name: str) -> Any:
+    """The sum of a float tensor over ranks."""
+    return hvd.allreduce(value.detach().contiguous(), op=hvd.Sum, process_set=process_set, name=name)
+
+
+class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, process_set: Any, name: str | None) -> torch.Tensor:
+    def forward(ctx: Any, row: torch.Tensor, process_set: Any, name: str) -> torch.Tensor:
         ctx.process_set, ctx.name = process_set, name
-        total: torch.Tensor = hvd.allreduce(value.detach().contiguous(), op=hvd.Sum, process_set=process_set, name=name)
-        return total
+        rows: torch.Tensor = hvd.allgather(row.detach()[None].contiguous(), name=name, process_set=process_set)
+        return rows
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        name = f"{ctx.name}.gradient" if ctx.name else None
-        total = hvd.allreduce(gradients[0].contiguous(), op=hvd.Sum, process_set=ctx.process_set, name=name)
-        return total, None, None
+        total = sum_over_ranks(gradients[0], ctx.process_set, f"{ctx.name}.gradient")
+        return total[ctx.process_set.rank()], None, None
 
 
-def sum_over_ranks(value: Any, process_set: Any, name: str | None = None) -> Any:
-    """The sum of a float tensor over ranks; its gradient is summed over ranks too."""
-    return _Sum.apply(value, process_set, name)  # type: ignore[no-untyped-call]
+def gather_rows(row: Any, process_set: Any, name: str) -> Any:
+    """``[k]`` of each rank -> ``[ranks, k]``. What depends on this rank's row is summed over all ranks' losses."""
+    return _GatherRows.apply(row, process_set, name)  # type: ignore[no-untyped-call]
+
+
+def only_if(condition: Callable[[], bool], change: Callable[[list[Any]], list[Any]], tensors: list[Any]) -> list[Any]:
+    """``change(tensors)`` where ``condition()`` holds when the step runs; ``tensors`` elsewhere."""
+    return change(tensors) if condition() else tensors
+
+
+def run_between_steps(local: Any) -> None:
+    """Count a step of ``local``, and meet if it is time to."""
+    with torch.no_grad():
+        if local.count():
+            local.meet()

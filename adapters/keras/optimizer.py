@@ -15,6 +15,7 @@ from hvdscale.keras.backend import verbs
 from hvdscale.keras.keras_hooks import install_hooks, reducer_of
 from hvdscale.keras.plan import Distribution
 from hvdscale.keras.reducer import Reducer
+from hvdscale.sync.handle import Sync
 
 __all__ = ["DistributedOptimizer", "PartialDistributedOptimizer"]
 
@@ -50,7 +51,8 @@ def DistributedOptimizer(
     ``train_on_batch``, ``apply``, ``apply_gradients`` and inside ``tf.function``. Clipping, weight decay
     and moving averages see the reduced gradients. With ``gradient_accumulation_steps`` ranks exchange once per
     update. A saved model holds the plain optimizer: ``keras.models.load_model`` reads it, and
-    ``hvdscale.keras.load_model`` distributes it again.
+    ``hvdscale.keras.load_model`` distributes it again. A gradient that only some ranks compute counts as zeros on
+    the others; which variables have gradients, and which of those are sparse, is agreed upon at the first step.
 
     Args:
         optimizer: any Keras 3 optimizer, also one that is built or compiled into a model already.
@@ -67,13 +69,17 @@ def DistributedOptimizer(
         groups: number of messages, or lists of variables that travel together.
         process_set: ranks that take part; others apply their own gradients.
         scale_local_gradients: divide gradients of local variables by the number of ranks.
-        sync: when ranks agree, and on what; ``None`` is ``EveryStep()``.
-        model: its weights, and the optimizer's state, are copied from the first rank before the first step.
+        sync: when ranks agree, and on what: ``EveryStep()`` when left out, or ``LocalSGD(...)``, ``DiLoCo(...)``,
+            ``SlowMo(...)``, which let each rank train alone between rounds. ``optimizer.sync`` then has ``flush()``,
+            ``outer_weights()``, ``metrics()`` and the state to save.
+        model: its weights, and the optimizer's state, are copied from the first rank before the first step: now,
+            or, if the first batch builds the model, when that has built it and before it is computed.
             Seed generators are not: dropout differs from rank to rank.
 
     Raises:
         PlanError: not a Keras optimizer, distributed already, or arguments that cannot be.
-        DesyncError: at the first step, when ranks differ in variables, optimizer, plan or versions.
+        DesyncError: at the first step, when ranks differ in variables, optimizer, plan or versions; at once,
+            when only some have built ``model``.
     """
     global _made
     if num_groups:
@@ -100,7 +106,7 @@ def DistributedOptimizer(
     # Past the setattr of Keras and TensorFlow: this is no state to track or save.
     object.__setattr__(optimizer, "_hvdscale", reducer)
     object.__setattr__(optimizer, "__class__", _distributed(type(optimizer)))
-    reducer.share_early()
+    reducer.share_first()
     return optimizer
 
 
@@ -179,25 +185,38 @@ class _Distributed:
         passes = reducer.accumulator.passes
         variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)  # type: ignore[attr-defined]
         grads = list(grads)
-        if not grads or len(grads) != len(variables) or (passes == 1 and not reducer.exchanges):
+        acts = reducer.exchanges or reducer.relaxed
+        if len(grads) != len(variables) or (passes == 1 and not acts):
             return plain.apply(grads, trainable_variables)
         if not reducer.suspended:
             reducer.prepare(self, grads, variables)
             grads = reducer.complete(grads, variables)
+        if not grads:
+            return plain.apply(grads, trainable_variables)  # nothing to do, and all ranks know it
         if passes > 1:
             if not self.built:  # type: ignore[has-type]
                 self.build(variables)  # no variable can be made inside the branch that follows
                 self.built = True
-            return reducer.accumulator.add(
-                grads, variables, lambda sums: plain.apply(reducer.reduce(sums, variables), variables)
-            )
+            return reducer.accumulator.add(grads, variables, lambda sums: self._reduce_and_step(plain, sums, variables))
         if self.defers:
             reducer.deferred = [v for g, v in zip(grads, variables, strict=True) if g is not None]
             try:
-                return plain.apply(grads, variables)
+                result = plain.apply(grads, variables)
             finally:
                 reducer.deferred = None
-        return plain.apply(reducer.reduce(grads, variables), variables)
+            reducer.after_step()
+            return result
+        return self._reduce_and_step(plain, grads, variables)
+
+    def _reduce_and_step(self, plain: Any, grads: Sequence[Any], variables: Sequence[Any]) -> Any:
+        result = plain.apply(self._hvdscale.reduce(grads, variables), variables)
+        self._hvdscale.after_step()
+        return result
+
+    @property
+    def sync(self) -> Sync[Any]:
+        """The agreement of all ranks: ``flush()``, ``outer_weights()``, ``metrics()``, ``state_dict()`` and others."""
+        return self._hvdscale.sync_of(self)
 
     @property
     def defers(self) -> bool:

@@ -10,9 +10,12 @@ from typing import Any
 from hvdscale.errors import PlanError
 from hvdscale.keras.accumulator import Accumulator
 from hvdscale.keras.backend import verbs
+from hvdscale.keras.first_weights import has_weights, when_built
+from hvdscale.keras.local import LocalTraining
 from hvdscale.keras.plan import Distribution
 from hvdscale.keras.replicas import agree_on, broadcast_variables, model_state, path_of
-from hvdscale.sync import Reduction
+from hvdscale.sync import Kind, Reduction, Relaxed, common_kinds
+from hvdscale.sync.handle import SteadySync, Sync
 
 __all__ = ["Reducer"]
 
@@ -28,9 +31,12 @@ class Reducer:
         self.suspended = False  # a wrapper of our optimizer has reduced already
         self.deferred: list[Any] | None = None  # variables of gradients that Keras is still accumulating
         self._model = model
+        self._given_model = model  # whose running statistics meet in rounds
+        self._local: LocalTraining | None = None
+        self._resumed = False  # weights and optimizer state were loaded by each rank: nothing is copied
         self._shared = False
-        self._has_gradient: dict[int, bool] = {}  # variable -> whether any rank computes a gradient for it
-        self._reduction: Reduction | None = None
+        self._compared = False
+        self._kinds: dict[int, Kind] = {}  # by id of the variable: what all ranks send for it
 
     @property
     def exchanges(self) -> bool:
@@ -43,38 +49,92 @@ class Reducer:
             return False
         return bool(self.plan.process_set.included()) and self.plan.process_set.size() > 1
 
+    @property
+    def relaxed(self) -> bool:
+        """Whether this rank trains alone between rounds, in which it takes part."""
+        return isinstance(self.plan.agreement, Relaxed) and bool(self.plan.process_set.included())
+
+    def sync_of(self, optimizer: Any) -> Sync[Any]:
+        """What ``optimizer.sync`` is.
+
+        Raises:
+            PlanError: the model has no variables yet.
+        """
+        if self.relaxed:
+            model, variables = self._given_model, optimizer._trainable_variables
+            if not variables and model is not None and has_weights(model):
+                variables = model.trainable_variables
+                optimizer.build(variables)
+            if not variables and self._local is None:
+                raise PlanError(
+                    "There is nothing to agree on yet: the model has no variables. Build it, or make a step, first."
+                )
+            self._resumed = self._resumed or not self._compared
+            return self.local(optimizer, variables).sync
+        return SteadySync(lambda: {path_of(v): verbs.tensor(v) for v in optimizer._trainable_variables})
+
+    def local(self, optimizer: Any, variables: Sequence[Any]) -> LocalTraining:
+        """The rounds of this optimizer, made when they are first needed, on all ranks."""
+        if self._local is None:
+            assert isinstance(self.plan.agreement, Relaxed)
+            with verbs.eager():
+                self._local = LocalTraining(
+                    self.plan.agreement, optimizer, variables, self._given_model, self.plan.process_set
+                )
+        return self._local
+
     # Before the first step ------------------------------------------------------------------------------
 
+    def share_first(self) -> None:
+        """Make sure that the first gradient is taken at equal weights: share the model now, or once it is built.
+
+        Raises:
+            DesyncError: only some ranks have built the model they were given.
+        """
+        if self._model is None or not self.exchanges:
+            return
+        built = {"the model has weights": has_weights(self._model)}
+        agree_on("the model given to DistributedOptimizer", (), built, self.plan.process_set)
+        self.share_early()
+        if not self._shared:
+            when_built(self._model, self.share_early)
+
     def share_early(self) -> None:
-        """``share_model`` as soon as the model has variables, so that the first gradient is taken at equal weights."""
+        """``share_model``, unless that was done before."""
         if not self._shared:
             self.share_model()
 
     def share_model(self) -> None:
-        """Copy the model's weights from the first rank, if a model was given and has its variables."""
+        """Copy the model's weights from the first rank, if a model was given and has its weights."""
         model = self._model
-        if model is None or not model.built or not self.exchanges:
+        if model is None or not self.exchanges or not has_weights(model):
             return
         weights = model_state(model)
-        if not weights or not verbs.initialised(weights):
-            return
         agree_on("the model", weights, {"optimizer": self.kind, **self.plan.facts()}, self.plan.process_set)
         broadcast_variables(weights, self._root, self.plan.process_set)
         self._shared = True
 
     def prepare(self, optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
         """Build the optimizer, agree, and copy the first rank's state: before these variables' first update."""
-        if all(id(v) in self._has_gradient for v in variables) or not verbs.initialised(variables):
+        if self._compared and (all(id(v) in self._kinds for v in variables) or not self.exchanges):
+            return
+        if not verbs.initialised(variables):
             return
         with verbs.eager():
             if self.exchanges:
                 self._agree(gradients, variables)
-                self.share_model()  # again: weights may have been loaded on one rank since
+                if not self._resumed:
+                    self.share_model()  # again: weights may have been loaded on one rank since
+            if not variables:
+                return
             if not optimizer.built:
                 optimizer.build(list(variables))
-            if self.exchanges and self._model is not None:
+            if self.exchanges and self._model is not None and not self._resumed:
                 broadcast_variables(optimizer.variables, self._root, self.plan.process_set)
-                self._model = None
+            self._model = None
+            self._compared = True
+            if self.relaxed:
+                self.local(getattr(optimizer, "inner_optimizer", optimizer), variables).begin()
 
     @property
     def _root(self) -> int:
@@ -90,10 +150,14 @@ class Reducer:
             )
         facts = {"optimizer": self.kind, **self.plan.facts()}
         agree_on("the optimizer's variables", variables, facts, self.plan.process_set)
-        present = bytes(g is not None for g in gradients)
-        everyone = verbs.control(self.plan.process_set).allgather(present)
-        for i, variable in enumerate(variables):
-            self._has_gradient[id(variable)] = any(seen[i] for seen in everyone)
+        own = [self._kind(g) for g in gradients]
+        kinds = common_kinds(own, verbs.control(self.plan.process_set))
+        self._kinds.update((id(v), kind) for v, kind in zip(variables, kinds, strict=True))
+        self._compared = True
+
+    def _kind(self, gradient: Any) -> Kind:
+        kind: Kind = verbs.kind_of(gradient)
+        return Kind.DENSE if kind is Kind.SPARSE and self.plan.reduction.sparse_as_dense else kind
 
     def join(self, variables: Sequence[Any]) -> None:
         """Agree anew after ranks came or went; called by all of them, those that know and those that do not."""
@@ -101,37 +165,56 @@ class Reducer:
             return
         facts = {"optimizer": self.kind, **self.plan.facts()}
         agree_on("the optimizer's variables", variables, facts, self.plan.process_set)
-        # Per variable: 0 not known here, 1 no gradient, 2 a gradient.
-        known = bytes(0 if id(v) not in self._has_gradient else 1 + self._has_gradient[id(v)] for v in variables)
+        # Per variable: 0 not known here, else 1 + its kind.
+        known = bytes(1 + self._kinds[id(v)] if id(v) in self._kinds else 0 for v in variables)
         everyone = verbs.control(self.plan.process_set).allgather(known)
         for i, variable in enumerate(variables):
             claim = max(seen[i] for seen in everyone)
             if claim:
-                self._has_gradient[id(variable)] = claim == 2
+                self._kinds[id(variable)] = Kind(claim - 1)
+        self._compared = True
         self._model = None
 
     # Each step ------------------------------------------------------------------------------------------
 
     def complete(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
-        """``gradients`` with zeros where only other ranks compute one, so that all ranks send the same list.
+        """``gradients`` as all ranks send them: zeros, or no rows, where only other ranks have a gradient.
+
+        Which variables have gradients, and which of these are sparse, is agreed upon at the first step and stays.
+        Gradients of local variables are left alone.
 
         Raises:
             PlanError: a gradient where no rank had one at the first step.
         """
         result = list(gradients)
         for i, (gradient, variable) in enumerate(zip(gradients, variables, strict=True)):
-            expected = self._has_gradient.get(id(variable), gradient is not None)
-            if gradient is None and expected:
-                result[i] = verbs.zeros_like(variable)
-            elif gradient is not None and not expected:
+            kind = self._kinds.get(id(variable))
+            if kind is None or id(variable) in self.local:
+                continue
+            if kind is Kind.NONE and gradient is not None:
                 raise PlanError(
                     f"{path_of(variable)} has a gradient now, but no rank had one at the first step. "
                     "Freeze it, or let it take part from the start."
                 )
+            result[i] = verbs.in_kind(gradient, variable, kind)
         return result
 
     def reduce(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
-        """The gradients of all ranks as one list; ``None`` stays ``None``.
+        """The gradients of all ranks as one list; ``None`` stays ``None``. Between rounds: this rank's own."""
+        local = self._local
+        if local is None:
+            return self._reduced(gradients, variables)
+        if not local.has_warmup or self.suspended:
+            return list(gradients)
+        return verbs.only_if(local.warming_up, lambda g: self._reduced(g, variables), list(gradients))  # type: ignore[no-any-return]
+
+    def after_step(self) -> None:
+        """The optimizer has made a step, or left it out."""
+        if self._local is not None and not self.suspended:
+            self._local.after_step()
+
+    def _reduced(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+        """The gradients of all ranks as one list.
 
         Raises:
             PlanError: under XLA, which has no kernels for Horovod.

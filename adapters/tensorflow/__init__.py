@@ -2,6 +2,8 @@
 
 # ruff: noqa: E402  Horovod is checked for, and TensorFlow imported quietly, before anything else.
 
+from typing import TYPE_CHECKING, Any
+
 from hvdscale.runtime.console import quiet_import
 from hvdscale.runtime.horovod import require_horovod
 
@@ -55,9 +57,8 @@ from horovod.tensorflow.util import refs_to_vars, vars_to_refs
 
 from hvdscale.data import ShardPlan, split
 from hvdscale.errors import BuildError, DesyncError, HvdscaleError, PlanError, StateError, TransportError, WorldError
-from hvdscale.sync import EveryStep
+from hvdscale.sync import EveryStep, Reduction
 from hvdscale.tensorflow import compression, elastic, functions, gradient_aggregation, mpi_ops, sync_batch_norm
-from hvdscale.tensorflow.batch_norm import SyncBatchNormalization
 from hvdscale.tensorflow.broadcast import (
     BroadcastGlobalVariablesHook,
     broadcast_,
@@ -77,8 +78,12 @@ from hvdscale.tensorflow.collectives import (
 )
 from hvdscale.tensorflow.optimizer import DistributedOptimizer, LocalGradientAggregationHelper
 from hvdscale.tensorflow.runtime import init, runtime_settings, shutdown, world
+from hvdscale.tensorflow.sync import reduce_gradients
 from hvdscale.tensorflow.tape import DistributedGradientTape, PartialDistributedGradientTape
 from hvdscale.tensorflow.wire import Compression
+
+if TYPE_CHECKING:
+    from hvdscale.tensorflow.sync_batch_norm import SyncBatchNormalization
 
 __all__ = [
     "Adasum",
@@ -98,6 +103,7 @@ __all__ = [
     "PlanError",
     "ProcessSet",
     "Product",
+    "Reduction",
     "ShardPlan",
     "StateError",
     "Sum",
@@ -149,6 +155,7 @@ __all__ = [
     "process_set_included_op",
     "rank",
     "rank_op",
+    "reduce_gradients",
     "reducescatter",
     "refs_to_vars",
     "remove_process_set",
@@ -164,3 +171,10 @@ __all__ = [
     "vars_to_refs",
     "world",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The Keras layer is looked for when it is asked for: the Keras adapter imports this one."""
+    if name == "SyncBatchNormalization":
+        return sync_batch_norm.SyncBatchNormalization
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

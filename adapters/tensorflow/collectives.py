@@ -18,7 +18,7 @@ from horovod.tensorflow.mpi_ops import (
 
 from hvdscale.errors import PlanError
 from hvdscale.tensorflow.messages import gather_rows, gather_slices, reduce_dense
-from hvdscale.tensorflow.wire import Compression, as_tensor, by_dtype, from_wire, to_wire
+from hvdscale.tensorflow.wire import Compression, as_tensor, by_dtype, from_wire, to_wire, when_run
 
 __all__ = [
     "allgather",
@@ -120,7 +120,7 @@ def allgather(
 ) -> tf.Tensor:
     """Concatenate ``tensor`` over ranks along its first axis, whose length may differ: ``[sum of n_r, ...]``."""
     tensor = as_tensor(tensor)
-    return from_wire(_ops.allgather(to_wire(tensor), name, ignore_name_scope, process_set), tensor.dtype)
+    return from_wire(_ops.allgather(*when_run([to_wire(tensor)]), name, ignore_name_scope, process_set), tensor.dtype)
 
 
 @tf.autograph.experimental.do_not_convert
@@ -144,7 +144,9 @@ def broadcast(
 ) -> tf.Tensor:
     """The value of ``tensor`` on the rank ``root_rank`` (a rank of the world, also in a process set)."""
     tensor = as_tensor(tensor)
-    return from_wire(_ops.broadcast(to_wire(tensor), root_rank, name, ignore_name_scope, process_set), tensor.dtype)
+    return from_wire(
+        _ops.broadcast(*when_run([to_wire(tensor)]), root_rank, name, ignore_name_scope, process_set), tensor.dtype
+    )
 
 
 @tf.autograph.experimental.do_not_convert
@@ -161,7 +163,7 @@ def alltoall(
         The received rows; with ``splits`` also how many came from each rank, ``int32[size]``.
     """
     tensor = as_tensor(tensor)
-    result = _ops.alltoall(to_wire(tensor), splits, name, ignore_name_scope, process_set)
+    result = _ops.alltoall(*when_run([to_wire(tensor)]), splits, name, ignore_name_scope, process_set)
     if splits is None:
         return from_wire(result, tensor.dtype)
     return from_wire(result[0], tensor.dtype), result[1]
@@ -183,7 +185,7 @@ def reducescatter(
     with tf.device(device_dense):
         packed, context = compression.compress(as_tensor(tensor))
         share = _ops._reducescatter(
-            to_wire(packed), name, op, ignore_name_scope, process_set, prescale_factor, postscale_factor
+            *when_run([to_wire(packed)]), name, op, ignore_name_scope, process_set, prescale_factor, postscale_factor
         )
         return compression.decompress(from_wire(share, packed.dtype), context)
 
@@ -205,7 +207,7 @@ def grouped_reducescatter(
         shares = list(sent)
         for _, positions in by_dtype(sent):
             message = _ops._grouped_reducescatter(
-                [sent[i] for i in positions],
+                when_run([sent[i] for i in positions]),
                 op=op,
                 process_set=process_set,
                 prescale_factor=prescale_factor,

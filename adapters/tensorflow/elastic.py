@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
 from horovod.common.elastic import ObjectState, run_fn
 from horovod.common.exceptions import HorovodInternalError
-from horovod.tensorflow.functions import broadcast_object
 from horovod.tensorflow.mpi_ops import rank
 
 from hvdscale.errors import PlanError
-from hvdscale.tensorflow.broadcast import broadcast_object_fn, broadcast_variables
-from hvdscale.tensorflow.runtime import init, shutdown
+from hvdscale.runtime.values import ExactValues
+from hvdscale.tensorflow.broadcast import broadcast_variables
+from hvdscale.tensorflow.runtime import control, init, shutdown
+
+if TYPE_CHECKING:
+    from hvdscale.tensorflow.keras.elastic import TensorFlowKerasState
 
 __all__ = ["TensorFlowKerasState", "TensorFlowState", "run"]
 
@@ -31,9 +34,9 @@ def run(func: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(state: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return func(state, *args, **kwargs)
-        except (tf.errors.UnknownError, tf.errors.AbortedError) as error:
-            if "Horovod" in error.message:  # a collective failed because a peer left
-                raise HorovodInternalError(error.message) from error
+        except tf.errors.OpError as error:
+            if "Horovod" in str(error):  # a collective failed because a peer left
+                raise HorovodInternalError(str(error)) from error
             raise
 
     return run_fn(guarded, _reset)
@@ -44,67 +47,26 @@ def _reset() -> None:
     init()
 
 
-class TensorFlowKerasState(ObjectState):
-    """The state of a Keras model and its optimizer, and any further values given by name.
+def __getattr__(name: str) -> Any:
+    """The state of a Keras model comes from the Keras adapter, which imports this one."""
+    if name == "TensorFlowKerasState":
+        from hvdscale.tensorflow.keras.elastic import TensorFlowKerasState
 
-    Args:
-        model: a built Keras model.
-        optimizer: its optimizer; by default the one it was compiled with.
-        backend: accepted for Horovod's sake; TensorFlow 2 needs none.
-        kwargs: more values to keep, such as ``epoch=0``; they become attributes.
-
-    Raises:
-        PlanError: the model has no weights yet, or there is no optimizer.
-    """
-
-    def __init__(self, model: Any, optimizer: Any = None, backend: Any = None, **kwargs: Any) -> None:
-        if not getattr(model, "built", True):
-            raise PlanError("The model has no weights yet. Call model.build(input_shape) first.")
-        self.model = model
-        self.optimizer = optimizer or getattr(model, "optimizer", None)
-        if self.optimizer is None:
-            raise PlanError("There is no optimizer. Pass optimizer=..., or compile the model with one first.")
-        self.backend = backend
-        if not self.optimizer.built:
-            self.optimizer.build(model.trainable_variables)
-        self._saved: list[np.ndarray] = []
-        self._save_model()
-        super().__init__(bcast_object=broadcast_object, get_rank=rank, **kwargs)
-
-    def _tracked(self) -> list[Any]:
-        return [*self.model.variables, *self.optimizer.variables]
-
-    def save(self) -> None:
-        """Remember weights, optimizer state and values in host memory."""
-        self._save_model()
-        super().save()
-
-    def restore(self) -> None:
-        """Go back to what was remembered last."""
-        for variable, value in zip(self._tracked(), self._saved, strict=True):
-            variable.assign(value)
-        super().restore()
-
-    def sync(self) -> None:
-        """Take over everything from rank 0, and remember it."""
-        broadcast_variables(self._tracked(), root_rank=0)
-        self._save_model()
-        super().sync()
-
-    def _save_model(self) -> None:
-        self._saved = [tf.convert_to_tensor(v).numpy().copy() for v in self._tracked()]
+        return TensorFlowKerasState
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class TensorFlowState(ObjectState):
+class TensorFlowState(ExactValues, ObjectState):  # type: ignore[misc]
     """The state of a list of variables, and any further values given by name.
 
     Args:
         variables: ``tf.Variable`` or Keras variables; by default all global variables of the graph.
         session: the session that holds them, in a TensorFlow 1 graph.
-        kwargs: more values to keep; they become attributes.
+        kwargs: more values to keep, as in ``TensorFlowKerasState``; they become attributes.
 
     Raises:
         PlanError: in eager mode without ``variables``.
+        StateError: a value of another kind, when it is given and at each commit.
     """
 
     def __init__(self, variables: Sequence[Any] | None = None, session: Any = None, **kwargs: Any) -> None:
@@ -117,8 +79,7 @@ class TensorFlowState(ObjectState):
         self._broadcast = None if tf.executing_eagerly() else broadcast_variables(self.variables, root_rank=0)
         self._saved: list[np.ndarray] = []
         self._save_model()
-        bcast = broadcast_object if self.session is None else broadcast_object_fn(session=self.session)
-        super().__init__(bcast_object=bcast, get_rank=rank, **kwargs)
+        super().__init__(control, rank, **kwargs)
 
     def save(self) -> None:
         """Remember variables and values in host memory."""

@@ -11,7 +11,7 @@ from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
 
 from hvdscale.errors import PlanError
 from hvdscale.tensorflow.runtime import world
-from hvdscale.tensorflow.wire import Compression, as_tensor, by_dtype, from_wire, to_wire, wire_dtype
+from hvdscale.tensorflow.wire import Compression, as_tensor, by_dtype, from_wire, to_wire, when_run, wire_dtype
 
 __all__ = ["check_adasum", "exchanges", "gather_rows", "gather_slices", "reduce_dense"]
 
@@ -57,7 +57,7 @@ def reduce_dense(
         sent = [to_wire(t) for t, _ in packed]
         results = list(sent)
         for dtype, positions in by_dtype(sent):
-            message = [sent[i] for i in positions]
+            message = when_run([sent[i] for i in positions])
             label = f"{name}_{dtype.name}" if name and len(positions) < len(sent) else name
             if len(message) == 1:
                 reduced = [_ops._allreduce(message[0], name=label, **common)]
@@ -81,7 +81,10 @@ def gather_slices(
     ignore_name_scope: bool = False,
     device: str = "",
 ) -> list[tf.IndexedSlices]:
-    """The rows of all ranks: adding them up gives ``scale`` times the sum (or average) of the dense tensors."""
+    """The rows of all ranks: adding them up gives ``scale`` times the sum (or average) of the dense tensors.
+
+    Row numbers travel as int64: ranks may hold them in different types.
+    """
     if not slices:
         return []
     common = {"process_set": process_set, "ignore_name_scope": ignore_name_scope}
@@ -89,8 +92,12 @@ def gather_slices(
         # [rows, ...] of each rank -> [rows of all ranks, ...]
         scaled = [_scaled(s.values, average, scale, process_set) for s in slices]
         values = gather_rows(scaled, name=f"{name}_values" if name else None, **common)
-        indices = gather_rows([s.indices for s in slices], name=f"{name}_indices" if name else None, **common)
-    return [tf.IndexedSlices(v, i, s.dense_shape) for v, i, s in zip(values, indices, slices, strict=True)]
+        numbers = [tf.cast(s.indices, tf.int64) for s in slices]
+        indices = gather_rows(numbers, name=f"{name}_indices" if name else None, **common)
+    return [
+        tf.IndexedSlices(v, tf.cast(i, s.indices.dtype), s.dense_shape)
+        for v, i, s in zip(values, indices, slices, strict=True)
+    ]
 
 
 def gather_rows(
@@ -102,7 +109,7 @@ def gather_rows(
     gathered = list(sent)
     for dtype, positions in by_dtype(sent):
         message = _ops.grouped_allgather(
-            [sent[i] for i in positions],
+            when_run([sent[i] for i in positions]),
             name=f"{name}_{dtype.name}" if name and len(positions) < len(sent) else name,
             ignore_name_scope=ignore_name_scope,
             process_set=process_set,

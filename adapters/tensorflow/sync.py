@@ -11,12 +11,11 @@ from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
 
 from hvdscale.errors import PlanError
 from hvdscale.sync import Reduction
+from hvdscale.tensorflow.kinds import Gradient
 from hvdscale.tensorflow.messages import exchanges, gather_slices, reduce_dense
 from hvdscale.tensorflow.wire import Compression, dense
 
-__all__ = ["Gradient", "op_name", "reduce_gradients"]
-
-Gradient = tf.Tensor | tf.IndexedSlices | None
+__all__ = ["op_name", "reduce_gradients"]
 
 _OPS = {"average": _ops.Average, "sum": _ops.Sum, "adasum": _ops.Adasum}
 
@@ -42,7 +41,7 @@ def reduce_gradients(
 
     All dense gradients of a dtype travel as one message; ``reduction.groups`` splits them into several.
     bfloat16 is summed in float32. Sparse gradients travel as their rows, in one message of their own:
-    the result holds the rows of all ranks. ``None`` stays ``None``.
+    the result holds the rows of all ranks. ``None`` stays ``None``; it must be so on every rank.
 
     Args:
         gradients: dense tensors, ``tf.IndexedSlices`` or ``None``; the same kinds and shapes on every rank.

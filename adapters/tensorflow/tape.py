@@ -23,6 +23,11 @@ class DistributedGradientTape(tf.GradientTape):
     ``with hvd.DistributedGradientTape(tf.GradientTape()) as tape:`` around it. Works eagerly and inside
     ``tf.function``, with Keras variables, ``tf.Variable`` and watched tensors as sources.
 
+    A source that is unconnected on some ranks counts as zeros there: all get the same result. One that has been
+    unconnected on every rank so far stays ``None``. Eagerly it may become connected on any rank at any step: where
+    there is such a source, ranks ask each other at every step. In a ``tf.function`` they must trace the call in which
+    it does together. Where one rank's gradient is sparse and another's dense, all send dense ones.
+
     Args:
         gradtape: the tape that records.
         device_dense, device_sparse: where the reductions are placed.

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
 from horovod.tensorflow.compression import Compression
 
-__all__ = ["Compression", "as_tensor", "as_variable", "by_dtype", "dense", "from_wire", "to_wire", "wire_dtype"]
+__all__ = [
+    "Compression",
+    "as_tensor",
+    "as_variable",
+    "by_dtype",
+    "dense",
+    "from_wire",
+    "to_wire",
+    "when_run",
+    "wire_dtype",
+]
 
 # Horovod's TensorFlow operations have no kernel for these; the wider type holds every value exactly.
 _SENT_AS = {tf.bfloat16: tf.float32, tf.int16: tf.int32, tf.uint16: tf.int32}
@@ -20,16 +30,30 @@ def wire_dtype(dtype: tf.DType) -> tf.DType:
 
 
 def to_wire(tensor: Any) -> tf.Tensor:
-    """``tensor`` (a Keras variable, an array and a number too) in its ``wire_dtype``, ready to be sent.
-
-    In a graph it is hidden from constant folding: Horovod's operations look pure to TensorFlow, which would
-    run those on constants while it optimises the graph, on each rank in an order of its own.
-    """
+    """``tensor`` (a Keras variable, an array and a number too) in its ``wire_dtype``."""
     tensor = as_tensor(tensor)
-    tensor = tf.cast(tensor, wire_dtype(tensor.dtype))
-    if tf.executing_eagerly():
-        return tensor
-    return tf.compat.v1.placeholder_with_default(tensor, tensor.shape)
+    return tf.cast(tensor, wire_dtype(tensor.dtype))
+
+
+def when_run(message: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """The tensors of one message, which is sent each time the graph runs.
+
+    Horovod's operations look pure to TensorFlow: it would run one whose tensors are all constants once, while it
+    prepares the graph, and keep the result. Other ranks, whose tensors are none, would wait for it at every step. So
+    the first tensor is sliced from a place that is known only when the graph runs: its head. No bytes are copied.
+    """
+    if tf.executing_eagerly() or not message:
+        return list(message)
+    first, *others = message
+    zero = tf.raw_ops.Empty(shape=[], dtype=tf.int32, init=True)  # nobody runs it ahead of time
+    if first.shape.rank == 0:
+        held = tf.gather(tf.reshape(first, [1]), zero)
+    elif first.shape.rank is None:
+        held = tf.reshape(first, tf.shape(first) + zero)
+    else:  # no reshape: the new shape of a vector follows from its length, and TensorFlow would see through it
+        held = first[zero:]
+    held.set_shape(first.shape)
+    return [held, *others]
 
 
 def from_wire(tensor: tf.Tensor, dtype: tf.DType) -> tf.Tensor:

@@ -25,6 +25,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from hvdscale.runtime.process import end_session
+
 __all__ = [
     "BenchError",
     "Process",
@@ -174,7 +176,7 @@ def _run_group(variant: Variant, folder: Path, deadline_seconds: float) -> None:
         codes = [_wait(p, end) for p in started]
     finally:
         for p in started:
-            _kill_group(p)
+            end_session(p)
     if any(code != 0 for code in codes):
         why = f"ran past its deadline of {deadline_seconds:.0f} s" if None in codes else f"ended with {codes}"
         said = "\n".join(log.read_text(errors="replace")[-3000:] for log in logs)
@@ -186,15 +188,6 @@ def _wait(process: subprocess.Popen[bytes], end: float) -> int | None:
         return process.wait(timeout=max(0.0, end - time.monotonic()))
     except subprocess.TimeoutExpired:
         return None
-
-
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    finally:
-        process.wait()
 
 
 def _end_on_sigterm() -> None:

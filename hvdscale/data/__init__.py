@@ -1,6 +1,34 @@
 """Which samples each rank reads."""
 
+from hvdscale.data.balanced import BalancedPlan, BalancedReader
+from hvdscale.data.balancing import balance, rank_costs
+from hvdscale.data.batch import Batch
+from hvdscale.data.certificate import add_sums
+from hvdscale.data.feed import Feed
 from hvdscale.data.held_out import split
+from hvdscale.data.packing import Packing, PackingReport, pack
 from hvdscale.data.plan import ShardPlan
+from hvdscale.data.reader import Reader
+from hvdscale.data.report import Move, ShardReport
+from hvdscale.data.stream_reader import StreamReader
+from hvdscale.data.streams import ShardStream
 
-__all__ = ["ShardPlan", "split"]
+__all__ = [
+    "BalancedPlan",
+    "BalancedReader",
+    "Batch",
+    "Feed",
+    "Move",
+    "Packing",
+    "PackingReport",
+    "Reader",
+    "ShardPlan",
+    "ShardReport",
+    "ShardStream",
+    "StreamReader",
+    "add_sums",
+    "balance",
+    "pack",
+    "rank_costs",
+    "split",
+]

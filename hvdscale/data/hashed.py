@@ -1,44 +1,121 @@
-"""Hash: a sample belongs to the shard its key hashes to, in every epoch and whatever else is in the data.
+"""Reading by key: a sample belongs to the shard its key hashes to, in every epoch and whatever else is in the data.
 
-Samples with equal keys share a shard. Shards are equal in expectation, not exactly.
+Samples with equal keys share a shard, and shards are equal in expectation, not exactly. A table gives the shard of
+each of 65536 units of the hash; a resize changes the fewest entries. A shard reads its samples in source order,
+found block by block, so that nothing the size of the data is held.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
-from hvdscale.data.hashing import hash_integers, scale
-from hvdscale.data.types import Int64s, UInt64s
+from hvdscale.data.keys import UNITS, HashedKeys, IndexKeys
+from hvdscale.data.layouts import EndToEnd, Intervals
+from hvdscale.data.types import BLOCK, Int64s, Share
 
-__all__ = ["Hashed"]
+__all__ = ["Hashed", "moved_units", "owner_table"]
 
-_BLOCK = 1 << 14  # samples at a time: temporaries stay in the cache
+Table = npt.NDArray[np.uint16]
+
+_SCAN = 1 << 14  # samples looked at together: temporaries stay in the cache
+
+
+def owner_table(shares: Sequence[Share]) -> Table:
+    """The shard of each unit after the first share and every resize after it: uint16[65536]."""
+    shards, weights = shares[0]
+    layout = Intervals.contiguous(EndToEnd(UNITS), shards, weights)
+    for shards, weights in shares[1:]:
+        layout, _ = layout.resized(shards, weights)
+    return layout.place(np.arange(UNITS))[0].astype(np.uint16)
 
 
 @dataclass(frozen=True)
 class Hashed:
-    """``hashes[n]`` are those of the samples' keys; ``None``: the key is the index."""
+    """One epoch. ``read`` holds, for each interruption, the table then and where each shard's reading had come to."""
 
-    n: int
-    shards: int
-    salt: np.uint64
-    hashes: UInt64s | None = field(repr=False, compare=False)
+    keys: HashedKeys | IndexKeys
+    shares: tuple[Share, ...]
+    read: tuple[tuple[Table, Int64s], ...] = ()  # (uint16[65536], int64[shards], samples from here on are unread)
 
-    def size(self, shard: int, epoch: int) -> int:
-        return sum(int(np.count_nonzero(self._owner(block) == shard)) for block in self._blocks())
+    @cached_property
+    def table(self) -> Table:
+        return owner_table(self.shares)
 
-    def indices(self, shard: int, epoch: int) -> Int64s:
-        mine = [block[self._owner(block) == shard] for block in self._blocks()]
-        return np.concatenate([np.zeros(0, np.int64), *mine])
+    @cached_property
+    def sizes(self) -> Int64s:
+        shards = self.shares[-1][0]
+        counts = np.zeros(shards, np.int64)
+        for start in range(0, len(self.keys), _SCAN):
+            counts += np.bincount(self._scan(start)[1], minlength=shards)
+        return counts
 
-    def owner(self, samples: Int64s, epoch: int) -> Int64s:
-        return self._owner(samples)
+    def blocks(self, shard: int, start: int = 0, block: int = BLOCK) -> Iterator[Int64s]:
+        skip, held, parts = start, 0, list[Int64s]()
+        for first in range(0, len(self.keys), _SCAN):
+            samples, owners = self._scan(first)
+            mine = samples[owners == shard]
+            if skip >= len(mine):
+                skip -= len(mine)
+                continue
+            parts.append(mine[skip:])
+            held += len(mine) - skip
+            skip = 0
+            if held >= min(block, _SCAN):
+                yield from _cut(np.concatenate(parts), block)
+                held, parts = 0, []
+        if held:
+            yield from _cut(np.concatenate(parts), block)
 
-    def _owner(self, samples: Int64s) -> Int64s:
-        hashes = hash_integers(samples, self.salt) if self.hashes is None else self.hashes[samples]
-        return scale(hashes, self.shards)
+    def owner(self, samples: Int64s) -> Int64s:
+        units = self.keys.units_of(samples)
+        owners = self.table.take(units).astype(np.int64)
+        for table, unread_from in self.read:
+            owners[samples < unread_from[table.take(units)]] = -1
+        return owners
 
-    def _blocks(self) -> list[Int64s]:
-        return [np.arange(i, min(i + _BLOCK, self.n), dtype=np.int64) for i in range(0, self.n, _BLOCK)]
+    def after(self, delivered: Int64s, shares: tuple[Share, ...]) -> Hashed:
+        return Hashed(self.keys, shares, (*self.read, (self.table, self._unread_from(delivered))))
+
+    def _unread_from(self, delivered: Int64s) -> Int64s:
+        """For each shard where its samples begin that come after its first ``delivered[shard]``: int64[shards]."""
+        places = np.where(delivered == 0, 0, len(self.keys))
+        seen = np.zeros_like(delivered)
+        for first in range(0, len(self.keys), _SCAN):
+            samples, owners = self._scan(first)
+            counts = np.bincount(owners, minlength=len(seen))
+            for shard in np.flatnonzero((seen < delivered) & (seen + counts >= delivered)):
+                last_read = np.flatnonzero(owners == shard)[delivered[shard] - seen[shard] - 1]
+                places[shard] = samples[last_read] + 1
+            seen += counts
+            if (seen >= delivered).all():
+                break
+        return places
+
+    def _scan(self, first: int) -> tuple[Int64s, npt.NDArray[np.uint16]]:
+        """Unread samples of the block that starts at ``first``, and their shards."""
+        stop = min(first + _SCAN, len(self.keys))
+        units = self.keys.units(first, stop)
+        samples, owners = np.arange(first, stop, dtype=np.int64), self.table.take(units)
+        for table, unread_from in self.read:
+            unread = samples >= unread_from[table.take(units)]
+            samples, owners, units = samples[unread], owners[unread], units[unread]
+        return samples, owners
+
+
+def _cut(samples: Int64s, block: int) -> Iterator[Int64s]:
+    for start in range(0, len(samples), block):
+        yield samples[start : start + block]
+
+
+def moved_units(keys: HashedKeys | IndexKeys, before: Table, after: Table) -> float:
+    """The share of the samples whose unit changes owner; of the hash's range where there are no keys to count."""
+    changed = before != after
+    if isinstance(keys, IndexKeys) or not len(keys):
+        return float(np.count_nonzero(changed) / UNITS)
+    counts = np.bincount(keys.units(0, len(keys)), minlength=UNITS)
+    return float(counts[changed].sum() / len(keys))

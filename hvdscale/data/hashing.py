@@ -1,24 +1,26 @@
-"""Hashes that are the same on every rank, machine and run: of keys, and of (seed, epoch)."""
+"""Hashes that are the same on every rank, machine and run: of keys, of samples, and of (seed, epoch)."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
-from hvdscale.data.types import Int64s, UInt64s
+from hvdscale.data.types import Int64s, Keys, UInt64s
 from hvdscale.errors import PlanError
 
-__all__ = ["derive_words", "hash_integers", "hash_keys", "mix", "scale"]
+__all__ = ["derive_words", "hash_blocks", "hash_integers", "hash_keys", "mix"]
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
 _SECOND = np.uint64(0x94D049BB133111EB)
-_LOW_HALF = np.uint64(0xFFFFFFFF)
-_HALF = np.uint64(32)
+_BLOCK = 1 << 14  # keys at a time: temporaries stay in the cache
+
+_Integers = npt.NDArray[np.integer[Any]]
 
 
 def derive_words(count: int, *facts: object) -> UInt64s:
@@ -33,71 +35,124 @@ def derive_words(count: int, *facts: object) -> UInt64s:
 
 
 def mix(words: UInt64s) -> UInt64s:
-    """The splitmix64 step: a bijection of 64-bit words whose output bits all depend on every input bit.
+    """The splitmix64 step in place: a bijection of 64-bit words whose output bits all depend on every input bit.
 
     Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
     """
-    z = words + _GAMMA
-    z ^= z >> np.uint64(30)
-    z *= _FIRST
-    z ^= z >> np.uint64(27)
-    z *= _SECOND
-    z ^= z >> np.uint64(31)
-    return z
+    t = np.empty_like(words)
+    np.add(words, _GAMMA, out=words)
+    for shift, factor in ((30, _FIRST), (27, _SECOND)):
+        np.right_shift(words, np.uint64(shift), out=t)
+        np.bitwise_xor(words, t, out=words)
+        np.multiply(words, factor, out=words)
+    np.right_shift(words, np.uint64(31), out=t)
+    return np.bitwise_xor(words, t, out=words)
 
 
-def scale(hashes: UInt64s, parts: int) -> Int64s:
-    """``(hash * parts) >> 64``: hashes spread evenly over ``0 .. parts - 1``. ``parts`` is below 2**31."""
-    k = np.uint64(parts)
-    low = ((hashes & _LOW_HALF) * k) >> _HALF
-    return (((hashes >> _HALF) * k + low) >> _HALF).astype(np.int64)
+def hash_integers(integers: _Integers, salt: np.uint64) -> UInt64s:
+    """64-bit hashes of integers under ``salt``. Equal values hash alike, whatever their dtype."""
+    words = integers.astype(np.uint64)
+    return mix(np.bitwise_xor(words, salt, out=words))
 
 
-def hash_integers(integers: Int64s, salt: np.uint64) -> UInt64s:
-    """64-bit hashes of integers under ``salt``."""
-    return mix(integers.astype(np.uint64) ^ salt)
-
-
-def hash_keys(keys: Sequence[Any] | np.ndarray[Any, Any], salt: np.uint64) -> UInt64s:
+def hash_keys(keys: Keys, salt: np.uint64) -> UInt64s:
     """64-bit hashes of keys: integers through splitmix64, strings (as UTF-8) and bytes through xxh3.
 
     Raises:
         PlanError: keys of another kind, of mixed kinds, or integers beyond 64 bits.
     """
+    return np.concatenate([np.zeros(0, np.uint64), *hash_blocks(keys, salt)])
+
+
+def hash_blocks(keys: Keys, salt: np.uint64) -> Iterator[UInt64s]:
+    """The same as ``hash_keys`` in blocks, so that the hashes of many keys never lie in memory together."""
     if isinstance(keys, np.ndarray) and keys.ndim != 1:
         raise PlanError(f"Keys are one per sample: a vector. This array has shape {keys.shape}.")
-    if len(keys) == 0:
-        return np.zeros(0, np.uint64)
     if isinstance(keys, np.ndarray) and keys.dtype.kind in "iu":
-        return hash_integers(keys, salt)
-    items = keys.tolist() if isinstance(keys, np.ndarray) else list(keys)
-    kinds = {_kind(i, item) for i, item in enumerate(items)}
-    if len(kinds) > 1:
-        raise PlanError(f"All keys must be of one kind; these mix {' and '.join(sorted(kinds))}. Convert them to str.")
-    if kinds == {"integers"}:
+        for start in range(0, len(keys), _BLOCK):
+            yield hash_integers(keys[start : start + _BLOCK], salt)
+        return
+    kind: type | None = None
+    for start in range(0, len(keys), _BLOCK):
+        block = keys[start : start + _BLOCK]
+        if isinstance(block, np.ndarray) and block.dtype.kind in "SU":
+            yield _hash_items(_array_items(block), bytes, salt)
+            continue
+        items = block if isinstance(block, list) else list(block)
+        if kind in (None, str) and isinstance(items[0], str):
+            try:
+                hashes = _hash_strings(items, salt)  # fails at the first key of another kind: no need to look before
+            except TypeError:
+                _one_kind(items, kind, start)
+                raise
+            kind = str
+            yield hashes
+            continue
+        kind = _one_kind(items, kind, start)
+        yield _hash_items(items, kind, salt)
+
+
+def _array_items(block: npt.NDArray[Any]) -> list[bytes]:
+    """A block of a string or bytes array as bytes."""
+    if block.dtype.kind == "S":
+        return block.tolist()  # type: ignore[no-any-return]
+    points = np.ascontiguousarray(block, block.dtype.newbyteorder("=")).view(np.uint32).reshape(len(block), -1)
+    if points.max(initial=0) < 128:  # ASCII: one byte each, far faster than string by string
+        return points.astype(np.uint8).view(f"S{points.shape[1]}").ravel().tolist()
+    return [item.encode("utf-8", "surrogatepass") for item in block.tolist()]
+
+
+def _hash_items(items: list[Any], kind: type, salt: np.uint64) -> UInt64s:
+    if kind is int:
         return hash_integers(_integers(items), salt)
-    raw = (xxhash.xxh3_64_intdigest(_bytes(item)) for item in items)
-    return mix(np.fromiter(raw, np.uint64, len(items)) ^ salt)
+    if kind is str:
+        return _hash_strings(items, salt)
+    raw = np.fromiter(map(xxhash.xxh3_64_intdigest, items), np.uint64, len(items))
+    return mix(np.bitwise_xor(raw, salt, out=raw))
 
 
-def _kind(i: int, key: object) -> str:
+def _hash_strings(items: list[str], salt: np.uint64) -> UInt64s:
+    try:
+        raw = np.fromiter(map(xxhash.xxh3_64_intdigest, map(str.encode, items)), np.uint64, len(items))
+    except UnicodeEncodeError:
+        # File names may hold bytes that are no UTF-8; Python keeps them as lone surrogates.
+        return _hash_items([item.encode("utf-8", "surrogatepass") for item in items], bytes, salt)
+    return mix(np.bitwise_xor(raw, salt, out=raw))
+
+
+def _one_kind(items: list[Any], kind: type | None, start: int) -> type:
+    """int, str or bytes: what all of ``items``, and those of the ``kind`` before them, are.
+
+    Raises:
+        PlanError: mixed kinds, or another.
+    """
+    types = set(map(type, items))
+    if len(types) == 1 and (only := next(iter(types))) in (int, str, bytes) and kind in (None, only):
+        return only
+    found = {kind} if kind else set()
+    for i, item in enumerate(items):
+        found.add(_kind(start + i, item))
+    if len(found) > 1:
+        mixed = " and ".join(sorted(_NAMES[each] for each in found))
+        raise PlanError(f"All keys must be of one kind; these mix {mixed}. Convert them to str.")
+    return found.pop()
+
+
+_NAMES = {int: "integers", str: "strings", bytes: "bytes"}
+
+
+def _kind(i: int, key: object) -> type:
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
-        return "integers"
-    if isinstance(key, str):
-        return "strings"
-    if isinstance(key, bytes):
-        return "bytes"
+        return int
+    for kind in (str, bytes):
+        if isinstance(key, kind):
+            return kind
     raise PlanError(f"A key is an integer, a string or bytes; key {i} is {key!r} ({type(key).__name__}).")
 
 
 def _integers(items: list[Any]) -> Int64s:
     try:
-        return np.array([int(item) for item in items], np.int64)
+        return np.fromiter(map(int, items), np.int64, len(items))
     except OverflowError:
         largest = max(items, key=abs)
         raise PlanError(f"Integer keys fit in 64 bits with sign; {largest} does not. Pass it as a string.") from None
-
-
-def _bytes(key: str | bytes) -> bytes:
-    # File names may hold bytes that are no UTF-8; Python keeps them as lone surrogates.
-    return key.encode("utf-8", "surrogatepass") if isinstance(key, str) else key

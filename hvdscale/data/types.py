@@ -1,32 +1,44 @@
-"""Array types of this room, and the interface of a sharding policy."""
+"""Array types of this room, and the interface of an epoch's reading."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Int64s", "Policy", "UInt64s"]
+__all__ = ["BLOCK", "Int64s", "Keys", "PolicyName", "Reading", "Share", "TailName", "UInt64s"]
 
 Int64s = npt.NDArray[np.int64]
 UInt64s = npt.NDArray[np.uint64]
+Keys: TypeAlias = "Sequence[Any] | npt.NDArray[Any]"
+PolicyName = Literal["ordered", "random", "hash"]
+TailName = Literal["exact", "pad", "drop"]
+Share: TypeAlias = "tuple[int, tuple[float, ...] | None]"  # shards and their weights
+
+BLOCK = 1 << 16  # samples in a block of a lazy reading
 
 
-class Policy(Protocol):
-    """One way to give ``n`` samples to ``shards`` shards. For every epoch an exact partition.
+class Reading(Protocol):
+    """What each shard reads in one epoch, in which order. Shards share no sample."""
 
-    Arguments arrive checked: ``0 <= shard < shards``, ``epoch >= 0``, samples within ``0 .. n - 1``.
-    """
-
-    def size(self, shard: int, epoch: int) -> int:
-        """Number of samples of ``shard``."""
+    @property
+    def sizes(self) -> Int64s:
+        """Samples of each shard: int64[shards]."""
         ...
 
-    def indices(self, shard: int, epoch: int) -> Int64s:
-        """The samples of ``shard`` in reading order: int64[size]."""
+    def blocks(self, shard: int, start: int = 0, block: int = BLOCK) -> Iterator[Int64s]:
+        """The samples of ``shard`` in reading order from its ``start``-th on, at most ``block`` at a time."""
         ...
 
-    def owner(self, samples: Int64s, epoch: int) -> npt.NDArray[np.integer[Any]]:
-        """The shard of each sample, in the shape of ``samples``."""
+    def owner(self, samples: Int64s) -> Int64s:
+        """The shard of each sample, in the shape of ``samples``; -1 for samples that were read before."""
+        ...
+
+    def after(self, delivered: Int64s, shares: tuple[Share, ...]) -> Reading:
+        """The rest, once each shard has read its first ``delivered[shard]`` samples, for a plan with ``shares``.
+
+        With the same ``shares`` as before each shard keeps its own rest.
+        """
         ...

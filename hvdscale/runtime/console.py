@@ -12,7 +12,7 @@ from contextlib import contextmanager
 __all__ = ["is_notice", "quiet_import"]
 
 # Read by TensorFlow's own logging and by gRPC inside it, once, when the library is loaded.
-_DEFAULTS = {"TF_CPP_MIN_LOG_LEVEL": "2", "GRPC_VERBOSITY": "ERROR"}
+_DEFAULTS = {"TF_CPP_MIN_LOG_LEVEL": "1", "GRPC_VERBOSITY": "ERROR"}  # no information; warnings stay
 
 # These lines are written before any setting is read, so they can only be caught on their way out.
 _NOTICES = re.compile(
@@ -41,14 +41,15 @@ def quiet_import(framework: str = "tensorflow") -> Iterator[None]:
         return
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
+    if os.environ["TF_CPP_MIN_LOG_LEVEL"] == "0":
+        yield
+        return
     try:
         screen = os.dup(2)
     except OSError:  # no standard error: nothing to keep quiet
-        screen = -1
-    if screen < 0 or os.environ["TF_CPP_MIN_LOG_LEVEL"] == "0":
         yield
         return
-    with tempfile.TemporaryFile() as caught:
+    with os.fdopen(screen, "wb"), tempfile.TemporaryFile() as caught:
         sys.stderr.flush()
         os.dup2(caught.fileno(), 2)
         try:
@@ -56,7 +57,6 @@ def quiet_import(framework: str = "tensorflow") -> Iterator[None]:
         finally:
             sys.stderr.flush()
             os.dup2(screen, 2)
-            os.close(screen)
             caught.seek(0)
             for line in caught.read().decode(errors="replace").splitlines(keepends=True):
                 if not is_notice(line):

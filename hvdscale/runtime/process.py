@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-__all__ = ["Finished", "stream"]
+__all__ = ["Finished", "end_session", "stream"]
 
 _GRACE_SECONDS = 3.0
 
@@ -58,7 +59,7 @@ def stream(
 
     def expire() -> None:
         expired.set()
-        _end_session(process)
+        end_session(process)
 
     timer = threading.Timer(deadline_seconds, expire) if deadline_seconds is not None else None
     if timer:
@@ -75,12 +76,15 @@ def stream(
     finally:
         if timer:
             timer.cancel()
-        _end_session(process)
+        end_session(process)
     return Finished(None if expired.is_set() else process.returncode, "".join(lines), time.monotonic() - start)
 
 
-def _end_session(process: subprocess.Popen[str]) -> None:
-    """End what is left of the session: politely first, because mpirun gives each rank a process group of its own."""
+def end_session(process: subprocess.Popen[Any]) -> None:
+    """End what is left of the session that ``process`` leads, started with ``start_new_session``.
+
+    Politely first; then every process of it, because mpirun gives each rank a process group of its own.
+    """
     if process.poll() is None:
         _signal(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -147,7 +147,9 @@ class MPITransport:
         return self._subsets[key]
 
     def close(self) -> None:
-        if not self._closed:
+        from mpi4py import MPI
+
+        if not self._closed and not MPI.Is_finalized():
             self._closed = True
             # Not awaited: MPI delivers it while Horovod's thread or MPI's own end makes progress.
             self._start(_LEFT, self._memory_for_good())

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from numbers import Integral
+from typing import Any, Literal
 
 from hvdscale.errors import PlanError
 
-__all__ = ["Reduction"]
+__all__ = ["Reduction", "read_groups"]
 
 Op = Literal["average", "sum", "adasum"]
 
@@ -77,3 +78,37 @@ class Reduction:
         grouped = [[p for p in group if p in present] for group in self.groups]
         taken = {p for group in grouped for p in group}
         return [g for g in grouped if g] + [[p] for p in positions if p not in taken]
+
+
+def read_groups(groups: Any) -> tuple[int | None, tuple[tuple[Any, ...], ...]]:
+    """Horovod's ``groups`` as ``(number of groups or None, lists of variables)``.
+
+    Raises:
+        PlanError: neither a whole number > 0 nor lists of things that have a shape.
+    """
+    if groups is None:
+        return None, ()
+    if isinstance(groups, Integral) and not isinstance(groups, bool) and groups > 0:
+        return int(groups), ()
+    lists = _lists(groups)
+    if lists is None:
+        raise PlanError(
+            f"groups must be a whole number of groups > 0 or a list of lists of variables, got {groups!r}. "
+            "Leave it out for one message per dtype."
+        )
+    for variable in (v for group in lists for v in group):
+        if not hasattr(variable, "shape"):
+            raise PlanError(
+                "groups must be a whole number of groups > 0 or a list of lists of variables, "
+                f"got a {type(variable).__name__} in a list: {variable!r}."
+            )
+    return None, lists
+
+
+def _lists(groups: Any) -> tuple[tuple[Any, ...], ...] | None:
+    if not isinstance(groups, Iterable) or isinstance(groups, str) or hasattr(groups, "shape"):
+        return None
+    outer = tuple(groups)
+    if any(not isinstance(g, Iterable) or isinstance(g, str) or hasattr(g, "shape") for g in outer):
+        return None
+    return tuple(tuple(group) for group in outer)

@@ -26,6 +26,7 @@ def driver() -> Iterator[Any]:
     os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"  # tests add process sets of their own
     driver.init()
     yield driver
+    driver.hvd.world().transport.allgather(b"")  # Horovod stops everywhere when one rank leaves: all leave together
     driver.hvd.shutdown()
 
 

@@ -141,6 +141,30 @@ def test_different_metrics_are_refused(driver: ContractDriver) -> None:
         callback.on_epoch_end(0, logs)
 
 
+@pytest.mark.parametrize("nothing", [None, {}], ids=str)
+def test_an_epoch_without_metrics(driver: ContractDriver, nothing: Any) -> None:
+    callback = driver.hvd.callbacks.MetricAverageCallback()
+    callback.on_epoch_end(0, nothing)  # nobody has any
+    if driver.hvd.size() == 1:
+        return
+    logs = {"loss": 1.0} if driver.hvd.rank() == 0 else nothing
+    with pytest.raises(DesyncError, match="metrics = loss"):
+        callback.on_epoch_end(0, logs)
+
+
+def test_a_broadcast_done_on_one_rank_only_is_told(driver: ContractDriver) -> None:
+    """A callback used in an earlier ``fit`` does nothing more; a new one on another rank must not wait for it."""
+    callback = driver.hvd.callbacks.BroadcastGlobalVariablesCallback(0)
+    train(network(START), SGD(0.1), [callback])
+    train(network(START), SGD(0.1), [callback])
+    if driver.hvd.size() == 1:
+        return
+    if driver.hvd.rank() == 0:
+        callback = driver.hvd.callbacks.BroadcastGlobalVariablesCallback(0)
+    with pytest.raises(DesyncError, match="they were shared before"):
+        train(network(START), SGD(0.1), [callback])
+
+
 def test_warm_up_rises_to_the_full_rate(driver: ContractDriver) -> None:
     size, recorder = driver.hvd.size(), Recorder()
     callback = driver.hvd.callbacks.LearningRateWarmupCallback(0.8, warmup_epochs=2)

@@ -43,6 +43,10 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda hvd: hvd.DistributedOptimizer(SGD(0.1), op=hvd.Sum, gradient_predivide_factor=2.0),
         "gradient_predivide_factor",
     ),
+    "no groups": (lambda hvd: hvd.DistributedOptimizer(SGD(0.1), groups=0), "groups must be"),
+    "groups that are no number": (lambda hvd: hvd.DistributedOptimizer(SGD(0.1), groups=2.5), "got 2.5"),
+    "groups in words": (lambda hvd: hvd.DistributedOptimizer(SGD(0.1), groups="two"), "got 'two'"),
+    "groups of numbers": (lambda hvd: hvd.DistributedOptimizer(SGD(0.1), groups=[[1]]), "got a int in a list"),
     "negative groups": (lambda hvd: hvd.DistributedOptimizer(SGD(0.1), groups=-1), "groups"),
     "local layer not built": (
         lambda hvd: hvd.PartialDistributedOptimizer(SGD(0.1), local_layers=keras.layers.Dense(1)),
@@ -123,7 +127,31 @@ def test_ranks_that_differ_all_hear_of_it(driver: ContractDriver, what: str, eag
     assert len(set(everyone)) == 1
 
 
-def test_a_model_built_on_one_rank_only_is_no_difference(driver: ContractDriver) -> None:
+@pytest.mark.parametrize("where", ["argument", "callback"])
+def test_a_model_that_only_one_rank_has_built_is_told(driver: ContractDriver, where: str) -> None:
+    hvd = driver.hvd
+    model = keras.Sequential([keras.layers.Dense(5), keras.layers.Dense(1)])
+    if hvd.rank() == 0:
+        model.build((None, 3))
+
+    def start() -> None:
+        if where == "argument":
+            hvd.DistributedOptimizer(SGD(0.1), model=model)
+            return
+        callback = hvd.callbacks.BroadcastGlobalVariablesCallback(0)
+        model.compile(SGD(0.1), "mse")
+        callback.set_model(model)
+        callback.on_train_begin()
+
+    if hvd.size() == 1:
+        start()
+        return
+    with pytest.raises(DesyncError, match="the model has weights = False") as caught:
+        start()
+    assert "rank 0: the model has weights = True" in str(caught.value)
+
+
+def test_another_model_built_on_one_rank_is_no_difference(driver: ContractDriver) -> None:
     if driver.hvd.rank() == 0:
         network(START)  # moves Keras's automatic layer names
     model = network(START)

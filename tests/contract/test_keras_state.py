@@ -133,8 +133,46 @@ def test_keras_state_needs_variables_and_plain_values(driver: ContractDriver) ->
         hvd.elastic.KerasState(unbuilt)
     with pytest.raises(PlanError, match="no optimizer"):
         hvd.elastic.KerasState(network(START))
-    with pytest.raises(StateError, match="JSON"):
-        hvd.elastic.KerasState(network(START), SGD(0.1), odd=object()).sync()
+    with pytest.raises(StateError, match=r"state\.odd is a builtins\.object"):
+        hvd.elastic.KerasState(network(START), SGD(0.1), odd=object())
+    state = hvd.elastic.KerasState(network(START), SGD(0.1), odd={})
+    state.odd = {"list": [1, SGD(0.1)]}
+    with pytest.raises(StateError, match=r"state\.odd\['list'\]\[1\] is a keras"):
+        state.commit()
+
+
+VALUES_OF_A_STATE: dict[str, Any] = {
+    "tuple": (1, (2, "three")),
+    "numbers as keys": {1: "one", (2, 3): None},
+    "set": {1, 2},
+    "bytes": b"\x00\xff",
+    "not finite": [float("inf"), -float("inf")],
+    "large": 2**80,
+    "array": np.arange(6, dtype=np.float16).reshape(2, 3),
+    "empty array": np.zeros((0, 3), np.int8),
+    "scalar": np.float32(0.1),
+    "mixture": {"a": [np.int64(3), (b"x", np.ones(2)), {"b": {4.5: True}}]},
+}
+
+
+@pytest.mark.parametrize("kind", VALUES_OF_A_STATE)
+def test_values_of_a_state_arrive_as_they_were(driver: ContractDriver, kind: str) -> None:
+    given = VALUES_OF_A_STATE[kind]
+    value = given if driver.hvd.rank() == 0 else "another"
+    state = driver.hvd.elastic.KerasState(network(START), SGD(0.1), value=value)
+    state.sync()
+    assert repr(state.value) == repr(given)  # types too
+    np.testing.assert_equal(state.value, given)
+
+
+def test_what_was_committed_does_not_change(driver: ContractDriver) -> None:
+    state = driver.hvd.elastic.KerasState(network(START), SGD(0.1), seen=[1])
+    state.seen.append(2)
+    state.commit()
+    for _ in range(2):
+        state.seen.append(3)
+        state.restore()
+        assert state.seen == [1, 2]
 
 
 def test_elastic_run_goes_back_to_the_last_commit(driver: ContractDriver) -> None:
@@ -229,15 +267,35 @@ def test_batch_norms_of_parallel_branches_do_not_meet(driver: ContractDriver) ->
     assert_close(weights_of(ours), weights_of(theirs), 1e-3)
 
 
-def test_batch_norm_over_unequal_batches(driver: ContractDriver) -> None:
+@pytest.mark.parametrize("sizes", [lambda rank: 4 + 3 * rank, lambda rank: 5 * rank], ids=["uneven", "none on rank 0"])
+def test_batch_norm_over_unequal_batches(driver: ContractDriver, sizes: Callable[[int], int]) -> None:
     hvd = driver.hvd
-    every = [oracle.batches(1, rank, size=4 + 3 * rank)[0] for rank in range(hvd.size())]
+    every = [oracle.batches(1, rank, size=sizes(rank) if hvd.size() > 1 else 4)[0] for rank in range(hvd.size())]
     layer = hvd.SyncBatchNormalization(momentum=0.0)
     layer.build((None, 3))
     layer(every[hvd.rank()][0].astype(np.float32), training=True)
     joined = np.concatenate([x for x, _ in every])
     np.testing.assert_allclose(numbers(layer.moving_mean), joined.mean(0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(numbers(layer.moving_variance), joined.var(0), rtol=1e-5)
+
+
+def test_batch_norm_over_a_process_set(driver: ContractDriver) -> None:
+    hvd = driver.hvd
+    peers = range(0, hvd.size(), 2) if hvd.rank() % 2 == 0 else [hvd.rank()]
+    every = {rank: oracle.batches(1, rank, size=4 + rank)[0][0].astype(np.float32) for rank in peers}
+    layer = hvd.SyncBatchNormalization(momentum=0.0, process_set=driver.even_ranks)
+    layer.build((None, 3))
+    layer(every[hvd.rank()], training=True)
+    joined = np.concatenate([every[rank] for rank in peers])
+    np.testing.assert_allclose(numbers(layer.moving_mean), joined.mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(numbers(layer.moving_variance), joined.var(0), rtol=1e-5)
+
+
+def test_variables_of_a_process_set(driver: ContractDriver) -> None:
+    hvd = driver.hvd
+    variable = keras.Variable(np.full((2,), hvd.rank() + 1.0, np.float32))
+    hvd.broadcast_variables([variable], root_rank=0, process_set=driver.even_ranks)
+    np.testing.assert_array_equal(numbers(variable), 1.0 if hvd.rank() % 2 == 0 else hvd.rank() + 1.0)
 
 
 def test_batch_norm_of_images_and_masks(driver: ContractDriver) -> None:

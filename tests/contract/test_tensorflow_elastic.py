@@ -46,6 +46,34 @@ def test_a_state_of_variables_saves_restores_and_syncs(driver: Driver) -> None:
     assert variables[0].numpy()[0] == 10.0
 
 
+def test_values_arrive_and_come_back_as_they_were(driver: Driver) -> None:
+    state = hvd.elastic.TensorFlowState([tf.Variable(0.0)], shape=(hvd.rank(), 2), names={hvd.rank(): [b"x"]})
+    state.sync()
+    assert (state.shape, state.names) == ((0, 2), {0: [b"x"]})
+    state.names[0].append(b"y")  # after the last commit
+    state.restore()
+    assert state.names == {0: [b"x"]}
+
+
+@pytest.mark.parametrize("when", ["given", "committed"])
+def test_values_that_cannot_travel_are_refused_at_once(driver: Driver, when: str) -> None:
+    odd = keras.optimizers.SGD(0.1)
+    if when == "given":
+        with pytest.raises(hvd.StateError, match=r"state\.odd is a keras"):
+            hvd.elastic.TensorFlowState([tf.Variable(0.0)], odd=odd)
+        return
+    state = hvd.elastic.TensorFlowState([tf.Variable(0.0)], odd=None)
+    state.odd = [odd]
+    with pytest.raises(hvd.StateError, match=r"state\.odd\[0\] is a keras"):
+        state.commit()
+
+
+def test_the_state_of_a_keras_model_is_the_keras_adapters() -> None:
+    from hvdscale.tensorflow.keras.elastic import KerasState
+
+    assert issubclass(hvd.elastic.TensorFlowKerasState, KerasState)
+
+
 @pytest.fixture
 def joined_again(driver: Driver) -> Iterator[None]:
     """Leave the job as the other tests want it: with their process set."""
@@ -88,7 +116,7 @@ def test_other_errors_are_not_swallowed(driver: Driver) -> None:
 
 
 def test_what_cannot_be_is_refused(driver: Driver) -> None:
-    with pytest.raises(hvd.PlanError, match="no weights yet"):
+    with pytest.raises(hvd.PlanError, match="no variables yet"):
         hvd.elastic.TensorFlowKerasState(keras.Sequential([keras.layers.Dense(1)]))
     with pytest.raises(hvd.PlanError, match="no optimizer"):
         hvd.elastic.TensorFlowKerasState(driver.model(oracle.initial_weights()))

@@ -273,6 +273,9 @@ REFUSED = {
     ),
     "an op without meaning": lambda tape: hvd.DistributedGradientTape(tape, op=hvd.Max),
     "no groups": lambda tape: hvd.DistributedGradientTape(tape, groups=0),
+    "groups that are no number": lambda tape: hvd.DistributedGradientTape(tape, groups=2.5),
+    "groups of numbers": lambda tape: hvd.DistributedGradientTape(tape, groups=[[1, 2]]),
+    "groups that are variables": lambda tape: hvd.DistributedGradientTape(tape, groups=[tf.Variable([0.0])]),
     "local layers that are none": lambda tape: hvd.PartialDistributedGradientTape(
         tape, local_layers=[tf.Variable(0.0)]
     ),

@@ -1,0 +1,136 @@
+"""``shard_dataset``: a rank's share of the data as a ``DataLoader`` that knows what it has delivered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from hvdscale.data import BalancedPlan, ShardPlan, ShardStream
+from hvdscale.data.batch import Batch
+from hvdscale.errors import PlanError
+from hvdscale.torch.arrays import as_dataset
+from hvdscale.torch.samplers import AheadSampler
+from hvdscale.torch.streaming import ShardedIterable, StatedIterable, refuse_persistent
+
+__all__ = ["ShardedLoader", "StreamLoader", "shard_dataset"]
+
+_OURS = ("batch_size", "batch_sampler", "sampler", "shuffle", "drop_last", "num_workers", "prefetch_factor")
+
+
+def shard_dataset(
+    data: Any,
+    plan: ShardPlan | BalancedPlan | ShardStream,
+    batch_size: int,
+    *,
+    shard: int | None = None,
+    epoch: int | None = None,
+    workers: int = 0,
+    prefetch: int | None = None,
+    collate: Callable[[Any], Any] | None = None,
+    pin_memory: bool | None = None,
+    persistent_workers: bool | None = None,
+    **options: Any,
+) -> ShardedLoader | StreamLoader:
+    """This rank's share of ``data`` as a ``DataLoader``. One iteration is one epoch, each in the plan's order.
+
+    ``loader.state_dict()`` counts the batches handed to the training loop, not those that workers have prepared.
+    Save the states of all ranks; ``ShardPlan.resume(states, hvd.size())`` makes the plan for what is left. An
+    iteration that is left by ``break`` is gone on with by the next.
+
+    Workers are started as ``DataLoader`` starts them. Pass ``multiprocessing_context="forkserver"`` where processes
+    must not fork once MPI runs, as on InfiniBand.
+
+    Args:
+        data: an array, or a tuple or dictionary of arrays (NumPy, memory maps, tensors): batches are tensors.
+            Or any map-style data set. With a ``ShardStream``: a function of the number of the record to start at.
+        plan: which samples each shard reads: a ``ShardPlan``, ``BalancedPlan`` or ``ShardStream``.
+        batch_size: samples in a batch of one rank.
+        shard: whose samples; default: this rank's, of a plan with one shard per rank.
+        epoch: the first epoch; default: the plan's first. A stream has its own.
+        workers: processes that prepare batches; 0: none.
+        prefetch: batches each worker prepares ahead; default: 2.
+        collate: makes a batch of a list of samples, or of the rows taken from arrays; default: PyTorch's, or none.
+        pin_memory: in page-locked memory, for fast copies to a GPU; default: where there is a GPU.
+        persistent_workers: keep workers over epochs; default: yes. Not for streams.
+        options: others of ``DataLoader``, such as ``worker_init_fn``, ``timeout``, ``generator``.
+
+    Raises:
+        PlanError: an argument out of its range, data that does not fit the plan, or an option that the plan decides.
+    """
+    taken = sorted(set(options) & set(_OURS))
+    if taken:
+        raise PlanError(f"The plan decides on {', '.join(taken)}: leave it out (workers and prefetch have own names).")
+    if options.get("in_order") is False:
+        raise PlanError("Batches come in the plan's order, which the state counts; leave in_order=False out.")
+    options["num_workers"] = workers
+    options["prefetch_factor"] = prefetch
+    options["pin_memory"] = torch.cuda.is_available() if pin_memory is None else pin_memory
+    if isinstance(plan, ShardStream):
+        if epoch is not None:
+            raise PlanError(f"A stream has its epoch in itself: ShardStream(..., epoch={epoch!r}). Leave epoch out.")
+        refuse_persistent(workers, bool(persistent_workers))
+        return StreamLoader(ShardedIterable(data, plan, batch_size, shard=shard, collate=collate), **options)
+    dataset, gather = as_dataset(data, collate)
+    if len(dataset) != plan.n:
+        raise PlanError(f"The plan is over {plan.n} samples; data holds {len(dataset)}. Make the plan for len(data).")
+    options["persistent_workers"] = workers > 0 if persistent_workers is None else persistent_workers
+    return ShardedLoader(dataset, AheadSampler(plan, batch_size, shard=shard, epoch=epoch), gather, **options)
+
+
+class ShardedLoader(DataLoader[Any]):
+    """A ``DataLoader`` over a shard's batches. Made by ``shard_dataset``."""
+
+    def __init__(self, dataset: Any, sampler: AheadSampler, collate: Callable[[Any], Any], **options: Any) -> None:
+        super().__init__(dataset, batch_sampler=sampler, collate_fn=collate, **options)
+        self._feed = sampler.feed
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for data in super().__iter__():
+            while not len(self._feed.deliver()):
+                continue  # an empty batch, which has no data
+            yield data
+        self._feed.finish()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of this iteration, or of the next one between two."""
+        return self._feed.epoch
+
+    @property
+    def batch(self) -> Batch | None:
+        """The plan's batch delivered last: ``indices``, ``count``, ``valid``, ``epoch``, ``step``."""
+        return self._feed.batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was delivered, as JSON; ``resume`` of the plan's class takes the states of all ranks."""
+        return self._feed.state_dict()
+
+
+class StreamLoader(DataLoader[Any]):
+    """A ``DataLoader`` over a shard's batches of a stream. Made by ``shard_dataset``."""
+
+    def __init__(self, batches: ShardedIterable, **options: Any) -> None:
+        super().__init__(StatedIterable(batches), batch_size=None, collate_fn=_as_it_is, **options)
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for data, state in super().__iter__():
+            self._batches.deliver(state)
+            yield data
+        self._batches.finish()
+
+    @property
+    def epoch(self) -> int:
+        """The pass over the stream of this iteration, or of the next one between two."""
+        return self._batches.stream.epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was delivered, as JSON; ``ShardStream.resume`` takes the states of all shards."""
+        return self._batches.state_dict()
+
+
+def _as_it_is(item: Any) -> Any:
+    return item

@@ -1,0 +1,233 @@
+"""A plan whose global batches are shared out by cost, for samples of unequal length."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hvdscale.data.balancing import LONGEST, balance
+from hvdscale.data.batch import Batch
+from hvdscale.data.checks import integer
+from hvdscale.data.lengths import check_lengths
+from hvdscale.data.plan import ShardPlan
+from hvdscale.data.reader import Reader
+from hvdscale.data.types import Int64s, Keys
+from hvdscale.errors import PlanError, StateError
+
+__all__ = ["BalancedPlan", "BalancedReader"]
+
+_FORMAT = "balanced-v1"
+
+
+@dataclass(frozen=True)
+class BalancedPlan:
+    """``plan`` with the batches of each step exchanged between shards, so that ranks finish the step together.
+
+    A step's global batch is what all shards of ``plan`` read in it. Each rank knows all of it, and ``balance``
+    gives it its part; nothing is sent. So every epoch is as exact as the plan's, and steps hold the same samples.
+    A shard gets other samples than its own: with policy ``"hash"`` equal keys then meet on no certain rank.
+
+    Ranks get different numbers of samples (``batch.count``); average by samples or tokens. Where a last global
+    batch has fewer samples than there are ranks, some ranks get an empty batch.
+
+    Args:
+        plan: the plan, with one shard per rank.
+        lengths: int[plan.n], tokens of each sample, identical on all ranks.
+        linear, quadratic, equal_counts: as in ``balance``.
+
+    Raises:
+        PlanError: an argument out of its range, or lengths that do not fit the plan.
+    """
+
+    plan: ShardPlan
+    lengths: npt.ArrayLike = field(repr=False, compare=False)
+    linear: float = field(default=1.0, kw_only=True)
+    quadratic: float = field(default=0.0, kw_only=True)
+    equal_counts: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.plan, ShardPlan):
+            raise PlanError(f"plan is a ShardPlan; it is {self.plan!r}.")
+        lengths = check_lengths(self.lengths, LONGEST)
+        if len(lengths) != self.plan.n:
+            raise PlanError(f"Each sample has one length; there are {self.plan.n} samples and {len(lengths)} lengths.")
+        object.__setattr__(self, "lengths", lengths)
+        self.owners(lengths[:1])  # checks the factors now rather than in the first step
+
+    @property
+    def n(self) -> int:
+        return self.plan.n
+
+    @property
+    def shards(self) -> int:
+        return self.plan.shards
+
+    @property
+    def first_epoch(self) -> int:
+        return self.plan.first_epoch
+
+    def owners(self, lengths: npt.ArrayLike) -> npt.NDArray[np.int32]:
+        """The rank of each sample of a global batch with these lengths: int32[batch]."""
+        return balance(lengths, self.shards, self.linear, self.quadratic, self.equal_counts)
+
+    def reader(self, shard: int, batch_size: int, epoch: int | None = None) -> BalancedReader:
+        """Batches for the rank ``shard``; a step's global batch has ``shards * batch_size`` samples.
+
+        Raises:
+            PlanError: an argument out of its range.
+        """
+        return BalancedReader(self, integer("shard", shard, 0, self.shards - 1), batch_size, epoch)
+
+    def resume(
+        self,
+        states: Sequence[Mapping[str, Any]],
+        shards: int | None = None,
+        *,
+        keys: Keys | None = None,
+        weights: Sequence[float] | None = None,
+    ) -> BalancedPlan:
+        """This plan for what is left, from the ``state_dict`` of every reader of the interrupted run.
+
+        A step's samples lie across all ranks, so a step is delivered by all of them or by none: save states at the
+        same step everywhere. ``shards``, ``keys`` and ``weights`` are as in ``ShardPlan.resume``.
+
+        Raises:
+            StateError: as ``ShardPlan.resume``; states of different steps, or not of a balanced reader.
+            PlanError: shards, keys or weights that cannot be.
+        """
+        for i, state in enumerate(states):
+            if not isinstance(state, Mapping) or state.get("format") != _FORMAT:
+                raise StateError(f"State {i} is not that of a balanced reader ({_FORMAT}): {state!r:.200}.")
+        at = [state.get("steps") for state in states]
+        if len(set(at)) > 1:
+            raise StateError(
+                f"A balanced step is delivered by all ranks or by none; these delivered {at} steps. "
+                "Resume from states saved at the same step."
+            )
+        plan = ShardPlan.resume([state["own"] for state in states], shards, keys=keys, weights=weights)
+        return BalancedPlan(
+            plan,
+            self.lengths,
+            linear=self.linear,
+            quadratic=self.quadratic,
+            equal_counts=self.equal_counts,
+        )
+
+
+class BalancedReader:
+    """One rank's parts of the global batches, without end. Made by ``BalancedPlan.reader``.
+
+    It has the methods of ``Reader``: ``for batch in reader`` delivers, ``ahead()`` does not.
+    """
+
+    def __init__(self, plan: BalancedPlan, shard: int, batch_size: int, epoch: int | None) -> None:
+        self.plan, self.shard = plan, shard
+        self._readers = [plan.plan.reader(each, batch_size, epoch) for each in range(plan.shards)]
+        self._epoch, self._step = min(reader.epoch for reader in self._readers), 0
+        self._delivered = 0
+        self._drawn: deque[tuple[Batch, _Step]] = deque()
+        self._stream: Iterator[Batch] | None = None
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next batch to deliver."""
+        return self._epoch
+
+    @property
+    def step(self) -> int:
+        """Batches of ``epoch`` delivered by this reader."""
+        return self._step
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._stream is None:
+            self._stream = self.ahead()
+        batch = next(self._stream)
+        self._count(batch)
+        return batch
+
+    def ahead(self, epochs: int | None = None) -> Iterator[Batch]:
+        """Batches from the next one to deliver on, not counted as delivered; ``epochs=1``: of this epoch only."""
+        self._drawn.clear()
+        stop = None if epochs is None else self._epoch + integer("epochs", epochs, 0)
+        for step in _steps(self._readers, self._epoch, stop):
+            samples = np.concatenate([part.indices[: part.count] for part in step.parts.values()])
+            lengths: Int64s = np.asarray(self.plan.lengths)[samples]
+            mine = samples[self.plan.owners(lengths) == self.shard]
+            batch = Batch(mine, len(mine), step.epoch, step.number, step.last)
+            self._drawn.append((batch, step))
+            yield batch
+
+    def deliver(self, batch: Batch) -> None:
+        """Count a batch of ``ahead()`` as read. Batches are delivered in order.
+
+        Raises:
+            PlanError: this is not the next batch.
+        """
+        self._stream = None
+        self._count(batch)
+
+    def steps(self, epoch: int | None = None) -> int:
+        """Global batches of one epoch (default: the current one), delivered or not."""
+        at = self._epoch if epoch is None else epoch
+        return max(reader.steps(at) for reader in self._readers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far all ranks have delivered, as JSON. ``BalancedPlan.resume`` takes those of all ranks."""
+        return {"format": _FORMAT, "steps": self._delivered, "own": self._readers[self.shard].state_dict()}
+
+    def _count(self, batch: Batch) -> None:
+        if not self._drawn or self._drawn[0][0] is not batch:
+            expected = (
+                f"step {self._drawn[0][0].step} of epoch {self._drawn[0][0].epoch}" if self._drawn else "not drawn"
+            )
+            raise PlanError(
+                f"Batches are delivered in order: the next is {expected}; "
+                f"this is step {batch.step} of epoch {batch.epoch}."
+            )
+        _, step = self._drawn.popleft()
+        for shard, part in step.parts.items():
+            self._readers[shard].deliver(part)
+        self._delivered += 1
+        self._epoch, self._step = (batch.epoch + 1, 0) if batch.last else (batch.epoch, batch.step + 1)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The batches, by shard, that make one global batch."""
+
+    epoch: int
+    number: int
+    parts: dict[int, Batch]
+    last: bool
+
+
+def _steps(readers: Sequence[Reader], epoch: int, stop: int | None) -> Iterator[_Step]:
+    """The global batches from the readers' next ones on. Where a shard's epoch ends early, the others go on."""
+    streams = [reader.ahead(None if stop is None else max(0, stop - reader.epoch)) for reader in readers]
+    heads: list[tuple[int, int, int, Batch]] = []  # (epoch, step, shard, its next batch), a heap
+
+    def advance(shard: int) -> None:
+        batch = next(streams[shard], None)
+        if batch is not None:
+            heapq.heappush(heads, (batch.epoch, batch.step, shard, batch))
+
+    for shard in range(len(readers)):
+        advance(shard)
+    while heads:
+        at = heads[0][:2]
+        parts: dict[int, Batch] = {}
+        while heads and heads[0][:2] == at:
+            *_, shard, batch = heapq.heappop(heads)
+            parts[shard] = batch
+        for shard in parts:
+            advance(shard)
+        yield _Step(*at, parts, last=not heads or heads[0][0] != at[0])

@@ -1,0 +1,101 @@
+"""Keys of samples, hashed to one of 65536 units. All of a unit belongs to one shard."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from hvdscale.data.hashing import derive_words, hash_blocks, hash_integers
+from hvdscale.data.types import Int64s, Keys, UInt64s
+from hvdscale.errors import PlanError
+
+__all__ = ["UNITS", "HashedKeys", "IndexKeys", "hash_units", "salt_of"]
+
+UNITS = 1 << 16
+_SHIFT = np.uint64(48)  # the unit is the hash's top 16 bits
+
+
+def salt_of(seed: int) -> np.uint64:
+    """What makes the hash of one seed another than that of the next."""
+    return np.uint64(derive_words(1, "hash", seed)[0])
+
+
+def hash_units(hashes: UInt64s) -> npt.NDArray[np.uint16]:
+    """The unit of each hash."""
+    return (hashes >> _SHIFT).astype(np.uint16)
+
+
+@dataclass(frozen=True)
+class IndexKeys:
+    """``n`` samples without keys: the index is the key, hashed when it is asked for."""
+
+    n: int
+    seed: int
+    digest: str = ""
+
+    def __len__(self) -> int:
+        return self.n
+
+    def units(self, start: int, stop: int) -> npt.NDArray[np.uint16]:
+        """Units of the samples ``start .. stop - 1``."""
+        return hash_units(hash_integers(np.arange(start, stop), salt_of(self.seed)))
+
+    def units_of(self, samples: Int64s) -> npt.NDArray[np.uint16]:
+        """Units of these samples, in their shape."""
+        return hash_units(hash_integers(samples, salt_of(self.seed)))
+
+
+@dataclass(frozen=True)
+class HashedKeys:
+    """What a plan keeps of its keys: two bytes a sample. ``digest`` tells keys apart."""
+
+    seed: int
+    digest: str
+    _units: npt.NDArray[np.uint16] = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, keys: Keys, seed: int, unique: bool = False) -> HashedKeys:
+        """Hash the keys under ``seed``.
+
+        Raises:
+            PlanError: keys of no usable kind; with ``unique``, keys that occur twice.
+        """
+        units = np.empty(len(keys), np.uint16)
+        digest = xxhash.xxh3_64()
+        kept: list[UInt64s] = []
+        place = 0
+        for hashes in hash_blocks(keys, salt_of(seed)):
+            digest.update(hashes.data)
+            units[place : place + len(hashes)] = hash_units(hashes)
+            place += len(hashes)
+            if unique:
+                kept.append(hashes)
+        if unique:
+            _refuse_repeats(keys, kept)
+        return cls(seed, digest.hexdigest(), units)
+
+    def __len__(self) -> int:
+        return len(self._units)
+
+    def units(self, start: int, stop: int) -> npt.NDArray[np.uint16]:
+        """Units of the samples ``start .. stop - 1``."""
+        return self._units[start:stop]
+
+    def units_of(self, samples: Int64s) -> npt.NDArray[np.uint16]:
+        """Units of these samples, in their shape."""
+        return self._units[samples]
+
+
+def _refuse_repeats(keys: Keys, hashes: list[UInt64s]) -> None:
+    every = np.concatenate([np.zeros(0, np.uint64), *hashes])
+    order = np.argsort(every, kind="stable")
+    same = np.flatnonzero(every[order][1:] == every[order][:-1])
+    if len(same):
+        first, second = (int(order[same[0] + i]) for i in (0, 1))
+        raise PlanError(
+            f"Keys were promised to be unique; {len(same)} repeat an earlier one: keys {first} and {second} "
+            f"are both {keys[first]!r}. Leave unique_keys out, or mend the keys."
+        )

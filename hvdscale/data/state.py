@@ -1,0 +1,278 @@
+"""Saved states of readers: plain JSON values, checked field by field before anything is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, get_args
+
+from hvdscale.data.certificate import REMEMBERED_EPOCHS, add_sums
+from hvdscale.data.checks import integer, one_of, weights_for
+from hvdscale.data.format import FORMAT, fingerprint
+from hvdscale.data.interruption import Interruption, Leg
+from hvdscale.data.types import Int64s, Keys, PolicyName, Share, TailName
+from hvdscale.errors import PlanError, StateError
+
+if TYPE_CHECKING:
+    from hvdscale.data.plan import ShardPlan
+
+__all__ = ["Past", "Position", "check_own_state", "make_state", "merge_states"]
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far one reader had come: ``delivered`` samples, in ``step`` batches, of ``epoch``."""
+
+    shard: int
+    batch_size: int
+    epoch: int
+    step: int
+    delivered: int
+    sums: Mapping[int, int]
+
+
+@dataclass(frozen=True)
+class Past:
+    """An interrupted run: its plan, and the positions of all its readers by shard."""
+
+    n: int
+    policy: PolicyName
+    seed: int
+    tail: TailName
+    shares: tuple[Share, ...]
+    keys_digest: str
+    interrupted: tuple[Interruption, ...]
+    positions: tuple[Position, ...]
+
+    @property
+    def first_epoch(self) -> int:
+        """The epoch of the slowest reader."""
+        return min(position.epoch for position in self.positions)
+
+    def interruptions(self, sizes_in: Callable[[int], Int64s]) -> tuple[Interruption, ...]:
+        """Every epoch that some reader has begun and not all have ended, with what was read of it.
+
+        ``sizes_in(epoch)`` gives the sizes of this run's shards: int64[shards].
+        """
+        last = max(position.epoch for position in self.positions)
+        earlier = {each.epoch: each for each in self.interrupted}
+        found = []
+        for epoch in range(self.first_epoch, last + 1):
+            leg = Leg(self.shares, self._delivered(epoch, sizes_in(epoch)))
+            past = earlier.get(epoch, Interruption(epoch, (), 0))
+            legs = _joined(past.legs, leg) if any(leg.delivered) else past.legs
+            if legs:
+                found.append(Interruption(epoch, legs, self._certificate(past)))
+        return (*found, *(each for each in self.interrupted if each.epoch > last))
+
+    def checked_keys(self, keys: Keys | None) -> Keys | None:
+        """The keys to make the plan of.
+
+        Raises:
+            StateError: the interrupted plan had keys and none are given, or the other way round.
+        """
+        if (keys is None) != (not self.keys_digest):
+            had, give = ("had keys", "Pass keys=") if self.keys_digest else ("had no keys", "Leave out keys=")
+            raise StateError(f"A run goes on with the keys it had; the saved plan {had}. {give}.")
+        return keys
+
+    def check_digest(self, digest: str) -> None:
+        """Raises StateError where the keys are not those of the saved plan."""
+        if digest != self.keys_digest:
+            raise StateError(f"The keys are not those of the saved plan: digest {digest}, saved {self.keys_digest}.")
+
+    def _delivered(self, epoch: int, sizes: Int64s) -> tuple[int, ...]:
+        for at in self.positions:
+            if at.epoch == epoch and at.delivered > sizes[at.shard]:
+                raise StateError(
+                    f"A shard delivers at most its own samples; shard {at.shard} holds {sizes[at.shard]} in epoch "
+                    f"{epoch}, and its state says {at.delivered} were delivered."
+                )
+        counts = (
+            int(sizes[at.shard]) if at.epoch > epoch else at.delivered if at.epoch == epoch else 0
+            for at in self.positions
+        )
+        return tuple(counts)
+
+    def _certificate(self, past: Interruption) -> int | None:
+        parts = [past.certificate, *(self._sum(at, past.epoch) for at in self.positions)]
+        known = [part for part in parts if part is not None]
+        return add_sums(known) if len(known) == len(parts) else None
+
+    def _sum(self, at: Position, epoch: int) -> int | None:
+        return None if epoch < at.epoch - REMEMBERED_EPOCHS else at.sums.get(epoch, 0)
+
+
+def _joined(legs: tuple[Leg, ...], leg: Leg) -> tuple[Leg, ...]:
+    """The legs with one more; one by the same shards as the last only lengthens it."""
+    if legs and legs[-1].shares == leg.shares:
+        both = tuple(a + b for a, b in zip(legs[-1].delivered, leg.delivered, strict=True))
+        return (*legs[:-1], Leg(leg.shares, both))
+    return (*legs, leg)
+
+
+def make_state(plan: ShardPlan, position: Position) -> dict[str, Any]:
+    """What a reader saves: lists, dicts, strings, integers and floats only."""
+    return {
+        "format": FORMAT,
+        "fingerprint": fingerprint(),
+        "plan": _plan_facts(plan),
+        "shard": position.shard,
+        "batch_size": position.batch_size,
+        "epoch": position.epoch,
+        "step": position.step,
+        "delivered": position.delivered,
+        "sums": {str(epoch): f"{value:016x}" for epoch, value in position.sums.items()},
+    }
+
+
+def _plan_facts(plan: ShardPlan) -> dict[str, Any]:
+    return {
+        "n": plan.n,
+        "policy": plan.policy,
+        "seed": plan.seed,
+        "tail": plan.tail,
+        "shares": _shares_to_json(plan.shares),
+        "keys_digest": plan.keys_digest,
+        "interrupted": [
+            {
+                "epoch": each.epoch,
+                "certificate": None if each.certificate is None else f"{each.certificate:016x}",
+                "legs": [{"shares": _shares_to_json(g.shares), "delivered": list(g.delivered)} for g in each.legs],
+            }
+            for each in plan.interrupted
+        ],
+    }
+
+
+def check_own_state(state: Mapping[str, Any], plan: ShardPlan, shard: int, batch_size: int) -> Position:
+    """The position in a state that a reader of this plan, shard and batch size may load.
+
+    Raises:
+        StateError: it is damaged, or of another plan, shard, batch size or format.
+    """
+    position = _position(state)
+    _same_plan("This reader's plan", _plan_facts(plan), "the state's", state["plan"])
+    for name, own, saved in (("shard", shard, position.shard), ("batch_size", batch_size, position.batch_size)):
+        if own != saved:
+            raise StateError(
+                f"A reader loads the state of its own {name}; that is {own}, the state's {saved}. "
+                "ShardPlan.resume takes states of any shards and batch sizes."
+            )
+    if position.epoch < plan.first_epoch:
+        raise StateError(f"The plan starts in epoch {plan.first_epoch}; the state is of epoch {position.epoch}.")
+    return position
+
+
+def merge_states(states: Sequence[Mapping[str, Any]]) -> Past:
+    """The run that left these states.
+
+    Raises:
+        StateError: a state that is damaged or of another format; states of different plans; shards that are
+            missing or come twice.
+    """
+    if isinstance(states, Mapping) or not len(states):
+        raise StateError("resume takes the states of all shards, as a list; there are none. Give one per shard.")
+    positions = sorted((_position(state) for state in states), key=lambda at: at.shard)
+    for i, state in enumerate(states):
+        _same_plan("The first state's plan", states[0]["plan"], f"state {i}'s", state["plan"])
+    plan = states[0]["plan"]
+    try:
+        one_of("policy", plan["policy"], get_args(PolicyName))
+        one_of("tail", plan["tail"], get_args(TailName))
+        shares = _shares(plan["shares"])
+        past = Past(
+            integer("n", plan["n"], 0),
+            plan["policy"],
+            integer("seed", plan["seed"], 0),
+            plan["tail"],
+            shares,
+            str(plan["keys_digest"]),
+            tuple(_interruption(each) for each in plan["interrupted"]),
+            tuple(positions),
+        )
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise StateError(f"The plan in the states is damaged: {_said(error)}") from error
+    shards = shares[-1][0]
+    have = [at.shard for at in positions]
+    if have != list(range(shards)):
+        missing = sorted(set(range(shards)) - set(have))
+        twice = sorted({shard for shard in have if have.count(shard) > 1})
+        raise StateError(
+            f"resume takes one state of each of the {shards} shards; there are {len(have)} states"
+            + (f", none of shards {missing[:8]}" if missing else "")
+            + (f", several of shards {twice[:8]}" if twice else "")
+            + "."
+        )
+    return past
+
+
+def _position(state: Mapping[str, Any]) -> Position:
+    if not isinstance(state, Mapping) or "format" not in state:
+        raise StateError(f"A state is what reader.state_dict() returned; this is {str(state)[:80]!r}.")
+    if state["format"] != FORMAT:
+        raise StateError(f"This version reads states of format {FORMAT!r}; this one is {state['format']!r}.")
+    if state.get("fingerprint") != fingerprint():
+        raise StateError(
+            f"The build that saved this state places samples differently: its fingerprint is "
+            f"{state.get('fingerprint')!r}, here {fingerprint()!r}. Resume with the version that saved it."
+        )
+    try:
+        position = Position(
+            integer("shard", state["shard"], 0),
+            integer("batch_size", state["batch_size"], 1),
+            integer("epoch", state["epoch"], 0),
+            integer("step", state["step"], 0),
+            integer("delivered", state["delivered"], 0),
+            {int(epoch): _sum(value) for epoch, value in state["sums"].items()},
+        )
+        if not isinstance(state["plan"], Mapping):
+            raise TypeError("plan is no table")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StateError(f"This state is damaged: {_said(error)}") from error
+    return position
+
+
+def _same_plan(one: str, a: Mapping[str, Any], other: str, b: Mapping[str, Any]) -> None:
+    for name in a.keys() | b.keys():
+        if a.get(name) != b.get(name):
+            raise StateError(
+                f"States belong to one plan; {name} differs: {one} has {_short(a.get(name))}, {other} "
+                f"{_short(b.get(name))}."
+            )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _said(error: Exception) -> str:
+    return f"{error.args[0]!r} is missing." if isinstance(error, KeyError) else str(error)
+
+
+def _interruption(saved: Mapping[str, Any]) -> Interruption:
+    legs = []
+    for leg in saved["legs"]:
+        shares = _shares(leg["shares"])
+        delivered = tuple(integer("delivered", count, 0) for count in leg["delivered"])
+        if len(delivered) != shares[-1][0]:
+            raise PlanError(f"a leg of {shares[-1][0]} shards has {len(delivered)} counts")
+        legs.append(Leg(shares, delivered))
+    certificate = None if saved["certificate"] is None else _sum(saved["certificate"])
+    return Interruption(integer("epoch", saved["epoch"], 0), tuple(legs), certificate)
+
+
+def _sum(text: str) -> int:
+    return integer("a sum", int(text, 16), 0, 2**64 - 1)
+
+
+def _shares_to_json(shares: Sequence[Share]) -> list[list[Any]]:
+    return [[shards, None if weights is None else list(weights)] for shards, weights in shares]
+
+
+def _shares(saved: Sequence[Sequence[Any]]) -> tuple[Share, ...]:
+    found = tuple((integer("shards", shards, 1, 2**16 - 1), weights_for(shards, w)) for shards, w in saved)
+    if not found:
+        raise PlanError("it has no shards")
+    return found

@@ -1,0 +1,100 @@
+"""What earlier runs of a stream have read: a number for each of their shards.
+
+Shard ``r`` of a run delivers its records by ascending position. So after ``reached[r]`` it has delivered exactly
+its records at positions below. That holds whatever the other shards did, and says all that a restart must know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hvdscale.data.types import Int64s
+from hvdscale.errors import StateError
+
+__all__ = ["Run", "first_open", "merge_states", "read_state"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run over some number of shards: records of shard ``r`` at positions below ``reached[r]`` are delivered."""
+
+    reached: tuple[int, ...]
+
+    def delivered(self, positions: Int64s, owners: Callable[[int], Int64s]) -> npt.NDArray[np.bool_]:
+        """Whether this run delivered the records at ``positions``, or an earlier one had.
+
+        ``owners(shards)`` are their shards among so many.
+        """
+        return positions < np.array(self.reached, np.int64)[owners(len(self.reached))]
+
+
+def first_open(past: Sequence[Run]) -> int:
+    """All records at positions below this one are delivered."""
+    return min(past[-1].reached) if past else 0
+
+
+def merge_states(states: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> tuple[int, tuple[Run, ...]]:
+    """The epoch to go on in, and its past, of a stream named by ``facts``, from the states of all shards of a run.
+
+    Raises:
+        StateError: a state of another stream or run, or not one state of each shard.
+    """
+    if not states:
+        raise StateError("A stream resumes from the states of all shards of its last run; there are none.")
+    for i, state in enumerate(states):
+        _check_state(i, state, facts)
+    first = _run_of(states[0])
+    for i, state in enumerate(states):
+        if _run_of(state) != first:
+            raise StateError(f"States are of one run and epoch; state 0 is of {first}, state {i} of {_run_of(state)}.")
+    shards = states[0]["shards"]
+    got = sorted(state["shard"] for state in states)
+    if got != list(range(shards)):
+        raise StateError(f"Each of the {shards} shards of the run has one state; these are of shards {got}.")
+    if all(state["finished"] for state in states):
+        return states[0]["epoch"] + 1, ()
+    reached = {state["shard"]: state["reached"] for state in states}
+    last = Run(tuple(reached[shard] for shard in range(shards)))
+    # What an earlier run delivered beyond all that this one has: only that must still be known.
+    earlier = [Run(tuple(run)) for run in states[0]["past"]]
+    return states[0]["epoch"], (*(run for run in earlier if max(run.reached) > min(last.reached)), last)
+
+
+def read_state(state: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[int, int]:
+    """Batches delivered, and the number reached, of a state named by ``facts``.
+
+    Raises:
+        StateError: it is a state of something else.
+    """
+    _check_state(0, state, facts)
+    return state["batches"], state["reached"]
+
+
+def _check_state(i: int, state: object, facts: Mapping[str, Any]) -> None:
+    if not isinstance(state, Mapping):
+        raise StateError(f"A state is a dictionary from state_dict(); state {i} is {state!r}.")
+    for name, value in facts.items():
+        if state.get(name) != value:
+            raise StateError(
+                f"State {i} is of another stream: its {name} is {state.get(name)!r}, that of this stream {value!r}."
+            )
+    numbers = {name: state.get(name) for name in ("epoch", "shards", "shard", "batches", "reached")}
+    past, finished = state.get("past"), state.get("finished")
+    whole = all(_natural(value) for value in numbers.values()) and isinstance(finished, bool)
+    if not whole or not (
+        isinstance(past, list) and all(isinstance(run, list) and run and all(map(_natural, run)) for run in past)
+    ):
+        raise StateError(f"State {i} is damaged: {numbers}, finished {finished!r}, past {past!r}.")
+
+
+def _run_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: state[name] for name in ("epoch", "shards", "past")}
+
+
+def _natural(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

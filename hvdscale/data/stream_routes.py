@@ -1,0 +1,109 @@
+"""Where the records of a stream go: by number, by place in a shuffled window, or by key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import compress
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hvdscale.data.hashed import owner_table
+from hvdscale.data.hashing import hash_keys
+from hvdscale.data.keys import hash_units, salt_of
+from hvdscale.data.permutation import Permutation
+from hvdscale.data.types import Int64s
+from hvdscale.errors import PlanError
+
+__all__ = ["ByKey", "InOrder", "InWindows", "Picked", "Route", "Wanted"]
+
+_AT_ONCE = 256  # records looked at together where a policy leaves it open
+
+Tickets = npt.NDArray[np.integer[Any]]
+Picked = Iterator[tuple[Any, int]]
+Wanted = Callable[[Int64s, Tickets], npt.NDArray[np.bool_]]
+"""``wanted(positions, tickets)``: whether this reader gives out the records there."""
+
+
+class Route(Protocol):
+    """Gives each record a position, the number under which it is delivered, and a ticket, which names its shard."""
+
+    @property
+    def span(self) -> int:
+        """Records looked at together; spans start at multiples of it."""
+        ...
+
+    def pick(self, records: Iterator[Any], start: int, wanted: Wanted) -> Picked:
+        """The wanted ones of a span's records, with their positions, ascending.
+
+        Args:
+            records: at most ``span`` of them, from number ``start``; taken to their end.
+        """
+        ...
+
+    def owners(self, tickets: Tickets, shards: int) -> Int64s:
+        """The shard of each ticket."""
+        ...
+
+
+@dataclass(frozen=True)
+class InOrder:
+    """Position and ticket are the record's number. Records are passed on as they come."""
+
+    span: ClassVar[int] = _AT_ONCE
+
+    def pick(self, records: Iterator[Any], start: int, wanted: Wanted) -> Picked:
+        positions = np.arange(start, start + self.span, dtype=np.int64)
+        mine = wanted(positions, positions)
+        return zip(compress(records, mine.tolist()), positions[mine].tolist(), strict=False)
+
+    def owners(self, tickets: Tickets, shards: int) -> Int64s:
+        return (tickets % shards).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class InWindows:
+    """Position and ticket are the record's place in the order of its window. Only wanted records are kept."""
+
+    span: int
+    facts: tuple[object, ...]
+
+    def pick(self, records: Iterator[Any], start: int, wanted: Wanted) -> Picked:
+        order = Permutation(self.span, (*self.facts, start // self.span))
+        positions = start + order.inverse(np.arange(self.span, dtype=np.int64))
+        mine = wanted(positions, positions)
+        kept = zip(compress(records, mine.tolist()), positions[mine].tolist(), strict=False)  # the end comes early
+        return iter(sorted(kept, key=lambda pair: pair[1]))
+
+    def owners(self, tickets: Tickets, shards: int) -> Int64s:
+        return (tickets % shards).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class ByKey:
+    """Position is the record's number, the ticket the unit of its key: as in a ``ShardPlan`` with the same seed."""
+
+    key: Callable[[Any], int | str | bytes]
+    seed: int
+    span: ClassVar[int] = _AT_ONCE
+
+    def pick(self, records: Iterator[Any], start: int, wanted: Wanted) -> Picked:
+        read = list(records)
+        try:
+            tickets = hash_units(hash_keys([self.key(record) for record in read], salt_of(self.seed)))
+        except PlanError as error:
+            raise PlanError(f"Keys of records {start}..{start + len(read) - 1} of the stream: {error}") from None
+        positions = np.arange(start, start + len(read), dtype=np.int64)
+        mine = wanted(positions, tickets)
+        return zip(compress(read, mine.tolist()), positions[mine].tolist(), strict=True)
+
+    def owners(self, tickets: Tickets, shards: int) -> Int64s:
+        return _table(shards)[tickets]
+
+
+@lru_cache(maxsize=8)
+def _table(shards: int) -> Int64s:
+    return owner_table(((shards, None),)).astype(np.int64)

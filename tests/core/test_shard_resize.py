@@ -1,0 +1,123 @@
+"""Resizing moves what must move, stays even, and can be replayed from the steps alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hvdscale.data import ShardPlan
+
+POLICIES = ("ordered", "random", "hash")
+MILLION = 10**6
+
+
+def moved(before: ShardPlan, after: ShardPlan, epoch: int = 0) -> float:
+    """The share of samples whose owner changes, counted one by one."""
+    samples = np.arange(before.n)
+    return float((before.owner(samples, epoch) != after.owner(samples, epoch)).mean())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_pair_up_to_64_moves_the_least_and_stays_even(policy: str) -> None:
+    for old in range(1, 65):
+        plan = ShardPlan(MILLION, old, policy)
+        for new in {1, old - 1, old + 1, old // 2, 2 * old, old * 7 % 64, 64} & set(range(1, 65)):
+            after, move = plan.resize(new)
+            assert move.ideal == pytest.approx(abs(new - old) / max(old, new))
+            assert move.fraction <= 1.1 * move.ideal + 1e-12
+            if policy != "hash":
+                assert after.sizes().max() <= 1.01 * after.sizes().mean()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("old", "new"), [(64, 65), (4, 3), (3, 4), (1, 8), (8, 1), (5, 5)])
+def test_the_move_is_what_owners_say(policy: str, old: int, new: int) -> None:
+    keys = [f"key {i}" for i in range(20_000)] if policy == "hash" else None
+    plan = ShardPlan(20_000, old, policy, seed=2, keys=keys)
+    after, move = plan.resize(new)
+    assert moved(plan, after) == pytest.approx(move.fraction, abs=1e-12)
+    assert move.fraction == pytest.approx(move.ideal, rel=0.1)
+    assert sorted(np.concatenate([after.indices(s) for s in range(new)])) == list(range(20_000))
+
+
+@pytest.mark.parametrize("policy", ["ordered", "random"])
+def test_chains_stay_even_at_a_million_samples(policy: str) -> None:
+    draw = np.random.default_rng(1)
+    plan = ShardPlan(MILLION, 8, policy)
+    for new in draw.integers(1, 65, 40).tolist():
+        plan, move = plan.resize(new)
+        assert move.fraction <= 1.1 * move.ideal + 1e-5
+        assert plan.sizes().max() - plan.sizes().min() <= 1
+
+
+def test_chains_of_hash_shards_stay_even() -> None:
+    plan = ShardPlan(MILLION, 8, "hash", keys=np.arange(MILLION))
+    for new in (64, 5, 23, 64):
+        plan, move = plan.resize(new)
+        assert move.fraction <= 1.1 * move.ideal + 1e-3
+    assert plan.report().skew < 1.03
+
+
+def test_sizes_by_key_are_within_three_percent_of_the_mean() -> None:
+    for keys in (np.arange(MILLION), None):
+        sizes = ShardPlan(MILLION, 64, "hash", seed=5, keys=keys).sizes()
+        assert np.abs(sizes / sizes.mean() - 1).max() < 0.03
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(0, 300),
+    policy=st.sampled_from(POLICIES),
+    chain=st.lists(st.lists(st.floats(0.01, 100), min_size=1, max_size=12), min_size=1, max_size=6),
+    weighted=st.booleans(),
+)
+def test_any_chain_is_a_partition_and_agrees_with_its_owners(
+    n: int, policy: str, chain: list[list[float]], weighted: bool
+) -> None:
+    plan = ShardPlan(n, 3, policy, seed=1)
+    for weights in chain:
+        plan, move = plan.resize(len(weights), weights if weighted else None)
+        assert 0 <= move.fraction <= 1
+    shards = [plan.indices(shard, epoch=1) for shard in range(plan.shards)]
+    assert sorted(np.concatenate(shards)) == list(range(n))
+    for shard, samples in enumerate(shards):
+        assert (plan.owner(samples, epoch=1) == shard).all()
+        assert len(samples) == plan.size(shard, epoch=1)
+
+
+def test_weights_can_change_alone() -> None:
+    plan, move = ShardPlan(1200, 3, "ordered").resize(3, [1, 1, 2])
+    assert plan.sizes().tolist() == [300, 300, 600]
+    assert (move.fraction, move.ideal) == (pytest.approx(1 / 6), pytest.approx(1 / 6))
+
+
+def test_ordered_shards_give_up_their_ends() -> None:
+    plan, _ = ShardPlan(12, 2, "ordered").resize(3)
+    assert [plan.indices(s).tolist() for s in range(3)] == [[0, 1, 2, 3], [6, 7, 8, 9], [4, 5, 10, 11]]
+
+
+def test_a_resized_plan_remembers_the_steps_it_came_by() -> None:
+    one, _ = ShardPlan(50, 2, "hash").resize(3)
+    other, _ = ShardPlan(50, 4, "hash").resize(3)
+    assert one != other
+    assert one == ShardPlan(50, 3, "hash", resized_from=((2, None),))
+
+
+class TestReport:
+    def test_counts_and_prints(self) -> None:
+        report = ShardPlan(10, 3, "ordered").report()
+        assert (report.n, report.mean, report.empty) == (10, pytest.approx(10 / 3), 0)
+        assert report.skew == pytest.approx(1.2)
+        lines = str(report).splitlines()
+        assert lines[0].startswith("10 samples over 3 shards (ordered): 3 to 4 each, mean 3.3")
+        assert lines[1].split() == ["0", "4", "#" * 40]
+
+    def test_weights_are_the_measure(self) -> None:
+        assert ShardPlan(400, 2, weights=[1, 3]).report().skew == 1.0
+
+    def test_empty_shards_are_named_and_many_are_cut_short(self) -> None:
+        assert "7 shards hold no sample" in str(ShardPlan(3, 10).report())
+        assert "84 more shards" in str(ShardPlan(1000, 100).report())
+        assert ShardPlan(0, 4).report().skew == 1.0
