@@ -32,7 +32,7 @@ class Reducer:
         self.deferred: list[Any] | None = None  # variables of gradients that Keras is still accumulating
         self._model = model
         self._given_model = model  # whose running statistics meet in rounds
-        self._local: LocalTraining | None = None
+        self._training: LocalTraining | None = None
         self._resumed = False  # weights and optimizer state were loaded by each rank: nothing is copied
         self._shared = False
         self._compared = False
@@ -65,23 +65,23 @@ class Reducer:
             if not variables and model is not None and has_weights(model):
                 variables = model.trainable_variables
                 optimizer.build(variables)
-            if not variables and self._local is None:
+            if not variables and self._training is None:
                 raise PlanError(
                     "There is nothing to agree on yet: the model has no variables. Build it, or make a step, first."
                 )
             self._resumed = self._resumed or not self._compared
-            return self.local(optimizer, variables).sync
+            return self.local_training(optimizer, variables).sync
         return SteadySync(lambda: {path_of(v): verbs.tensor(v) for v in optimizer._trainable_variables})
 
-    def local(self, optimizer: Any, variables: Sequence[Any]) -> LocalTraining:
+    def local_training(self, optimizer: Any, variables: Sequence[Any]) -> LocalTraining:
         """The rounds of this optimizer, made when they are first needed, on all ranks."""
-        if self._local is None:
+        if self._training is None:
             assert isinstance(self.plan.agreement, Relaxed)
             with verbs.eager():
-                self._local = LocalTraining(
+                self._training = LocalTraining(
                     self.plan.agreement, optimizer, variables, self._given_model, self.plan.process_set
                 )
-        return self._local
+        return self._training
 
     # Before the first step ------------------------------------------------------------------------------
 
@@ -134,7 +134,7 @@ class Reducer:
             self._model = None
             self._compared = True
             if self.relaxed:
-                self.local(getattr(optimizer, "inner_optimizer", optimizer), variables).begin()
+                self.local_training(getattr(optimizer, "inner_optimizer", optimizer), variables).begin()
 
     @property
     def _root(self) -> int:
@@ -201,7 +201,7 @@ class Reducer:
 
     def reduce(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
         """The gradients of all ranks as one list; ``None`` stays ``None``. Between rounds: this rank's own."""
-        local = self._local
+        local = self._training
         if local is None:
             return self._reduced(gradients, variables)
         if not local.has_warmup or self.suspended:
@@ -210,8 +210,8 @@ class Reducer:
 
     def after_step(self) -> None:
         """The optimizer has made a step, or left it out."""
-        if self._local is not None and not self.suspended:
-            self._local.after_step()
+        if self._training is not None and not self.suspended:
+            self._training.after_step()
 
     def _reduced(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
         """The gradients of all ranks as one list.

@@ -5,6 +5,7 @@ Variables are read and written as they are, or, inside a graph, through arrays t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,7 +107,10 @@ class KerasStore:
     def _register(self, entries: Sequence[tuple[Any, Role]]) -> tuple[list[TensorSpec], list[int]]:
         start = len(self.variables)
         self.variables += [variable for variable, _ in entries]
-        specs = [TensorSpec(path_of(v), tuple(v.shape), str(v.dtype), role) for v, role in entries]
+        names = _told_apart([path_of(v) for v, _ in entries])
+        specs = [
+            TensorSpec(name, tuple(v.shape), str(v.dtype), role) for name, (v, role) in zip(names, entries, strict=True)
+        ]
         return specs, list(range(start, len(self.variables)))
 
     def _list_of_moments(self, variables: Sequence[Any]) -> list[list[int]]:
@@ -121,6 +125,16 @@ class KerasStore:
             moments += [(slot[at], "moment") for slot in slots]
         self._moment_specs, self._moment_places = self._register(moments)
         return owned
+
+
+def _told_apart(names: Sequence[str]) -> list[str]:
+    """Keras tells layers apart by counters that depend on what was built before; here the second of a name gets .1"""
+    seen: Counter[str] = Counter()
+    unique = []
+    for name in names:
+        unique.append(f"{name}.{seen[name]}" if seen[name] else name)
+        seen[name] += 1
+    return unique
 
 
 def _statistics(layer: Any) -> list[tuple[Any, Role]]:
@@ -139,9 +153,8 @@ def _slots(optimizer: Any) -> list[list[Any]]:
     for name, value in sorted(vars(optimizer).items()):
         if name in ("_trainable_variables", "_accumulated_gradients") or not isinstance(value, (list, tuple)):
             continue
-        if len(value) == len(shapes) and all(isinstance(v, keras.Variable) for v in value):
-            if [tuple(v.shape) for v in value] == shapes:
-                found.append(list(value))
+        if all(isinstance(v, keras.Variable) for v in value) and [tuple(v.shape) for v in value] == shapes:
+            found.append(list(value))
     return found
 
 
