@@ -34,24 +34,27 @@ def open_channel(process_set: ProcessSet = global_process_set, patient: bool = F
 
 def _over_horovod(process_set: ProcessSet) -> Channel:
     def add(values: np.ndarray, name: str) -> np.ndarray:
-        with tf.init_scope():
-            total = _horovod.allreduce(tf.constant(values), name=name, op=_horovod.Sum, process_set=process_set)
-            return total.numpy()
+        total = _horovod.allreduce(tf.constant(values), name=name, op=_horovod.Sum, process_set=process_set)
+        return np.asarray(total)
 
     def gather(data: np.ndarray, name: str) -> np.ndarray:
-        with tf.init_scope():
-            return _horovod.allgather(tf.constant(data), name=name, process_set=process_set).numpy()
+        return np.asarray(_horovod.allgather(tf.constant(data), name=name, process_set=process_set))
 
     def scatter(rows: np.ndarray, name: str) -> np.ndarray:
-        with tf.init_scope():
-            received = _horovod.alltoall(tf.constant(rows), name=name, process_set=process_set)
-            return (received[0] if isinstance(received, (list, tuple)) else received).numpy()
+        return np.asarray(_horovod.alltoall(tf.constant(rows), name=name, process_set=process_set))
 
     def narrow(ranks: Sequence[int]) -> Channel:
         return _over_horovod(_horovod.add_process_set(list(ranks)))
 
-    ranks = tuple(process_set.ranks or range(_horovod.size()))
-    prefix = f"hvdscale.channel.{next(_numbers)}"
+    # Called eagerly, equal operations of TensorFlow share a kernel, and with it the name of the first: two threads
+    # would meet in one message. In a function they have names of their own, but wait for a thread that waits for them.
     return HorovodChannel(
-        process_set.rank(), ranks, add=add, gather=gather, scatter=scatter, prefix=prefix, narrow=narrow
+        process_set.rank(),
+        tuple(process_set.ranks or range(_horovod.size())),
+        add=add,
+        gather=gather,
+        scatter=scatter,
+        prefix=f"hvdscale.channel.{next(_numbers)}",
+        narrow=narrow,
+        concurrent=False,
     )

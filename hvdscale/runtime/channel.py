@@ -28,8 +28,10 @@ class Channel(Protocol):
     """Collectives over NumPy buffers. Every rank of ``ranks`` calls the same methods in the same order.
 
     ``sent_bytes`` counts what this rank has put on its way, headers of the network's own protocols left out.
+    ``concurrent``: another thread may use it while training goes on.
     """
 
+    concurrent: bool
     rank: int
     size: int
     ranks: tuple[int, ...]
@@ -68,6 +70,7 @@ def _ring_bytes(size: int, payload_bytes: int) -> int:
 class SoloChannel:
     """The world of one: nothing travels."""
 
+    concurrent = True
     rank = 0
     size = 1
     ranks: tuple[int, ...] = (0,)
@@ -102,6 +105,7 @@ class MPIChannel:
     """
 
     def __init__(self, transport: MPITransport, patient: bool = False) -> None:
+        self.concurrent = True
         self._origin, self._patient = transport, patient
         self._transport = transport.twin(_PAUSE_SECONDS if patient else 0.0)
         self._comm = self._transport.communicator
@@ -165,6 +169,7 @@ class HorovodChannel:
         scatter: ``scatter(uint8[size * m], name) -> uint8[size * m]``, an all-to-all.
         prefix: put before the names; another for every channel.
         narrow: ``narrow(ranks) -> HorovodChannel`` over fewer ranks.
+        concurrent: whether another thread may use it while training goes on.
     """
 
     def __init__(
@@ -177,7 +182,9 @@ class HorovodChannel:
         scatter: Callable[[Bytes, str], Bytes],
         prefix: str,
         narrow: Callable[[Sequence[int]], Channel] | None = None,
+        concurrent: bool = True,
     ) -> None:
+        self.concurrent = concurrent
         self.rank = rank
         self.size = len(ranks)
         self.ranks = ranks
@@ -215,6 +222,7 @@ class TransportChannel:
     """Any control transport's all-gather as a channel. It sends more than it must: for tests and small worlds."""
 
     def __init__(self, transport: Transport) -> None:
+        self.concurrent = True
         self._transport = transport
         self.rank = transport.rank
         self.size = transport.size

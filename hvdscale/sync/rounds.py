@@ -80,7 +80,8 @@ class Rounds:
     Args:
         plan: when and how ranks meet.
         store: the tensors.
-        channel: the ranks that meet.
+        channel: the ranks that meet. Where it is not ``concurrent``, training waits for a fragment also with
+            ``overlap``; what it learns in between is the same.
 
     Raises:
         PlanError: more fragments than tensors.
@@ -101,7 +102,7 @@ class Rounds:
         self._losses: list[tuple[float, float]] = []  # (loss, samples) since the last round
         self._samples = 0.0  # told since the last step
         self._flights: list[_Flight] = []
-        self._courier = ThreadPoolExecutor(1, "hvdscale-rounds") if plan.overlap else None
+        self._courier = ThreadPoolExecutor(1, "hvdscale-rounds") if plan.overlap and channel.concurrent else None
 
     @property
     def warming_up(self) -> bool:
