@@ -11,7 +11,18 @@ from hvdscale.keras.optimizer import DistributedOptimizer, PartialDistributedOpt
 from hvdscale.keras.replicas import broadcast_variables
 from hvdscale.keras.saving import load_model
 from hvdscale.keras.values import allgather, allreduce, broadcast, broadcast_global_variables, reducescatter
-from hvdscale.sync import EveryStep, Reduction
+from hvdscale.sync import (
+    DiLoCo,
+    EveryStep,
+    LocalSGD,
+    Reduction,
+    SlowMo,
+    constant,
+    drift_target,
+    post_local,
+    qsr,
+)
+from hvdscale.update import Nesterov, SlowMomentum
 
 _hvd = verbs.hvd
 reduce_gradients = verbs.reduce_gradients
@@ -56,17 +67,22 @@ __all__ = [
     "BuildError",
     "Compression",
     "DesyncError",
+    "DiLoCo",
     "DistributedOptimizer",
     "EveryStep",
     "HvdscaleError",
+    "LocalSGD",
     "Max",
     "Min",
+    "Nesterov",
     "PartialDistributedOptimizer",
     "PlanError",
     "ProcessSet",
     "Product",
     "Reduction",
     "ShardPlan",
+    "SlowMo",
+    "SlowMomentum",
     "StateError",
     "Sum",
     "SyncBatchNormalization",
@@ -80,10 +96,12 @@ __all__ = [
     "broadcast_variables",
     "callbacks",
     "ccl_built",
+    "constant",
     "cross_rank",
     "cross_size",
     "cuda_built",
     "ddl_built",
+    "drift_target",
     "elastic",
     "global_process_set",
     "gloo_built",
@@ -97,6 +115,8 @@ __all__ = [
     "mpi_enabled",
     "mpi_threads_supported",
     "nccl_built",
+    "post_local",
+    "qsr",
     "rank",
     "reduce_gradients",
     "reducescatter",

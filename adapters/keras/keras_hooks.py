@@ -44,7 +44,7 @@ def _reduce_before_check(plain: Callable[..., Any]) -> Callable[..., Any]:
     def apply(self: Any, grads: Any, trainable_variables: Any = None) -> Any:
         inner = self.inner_optimizer
         reducer = reducer_of(inner)
-        if reducer is None or not reducer.exchanges:
+        if reducer is None or not (reducer.exchanges or reducer.relaxed):
             return plain(self, grads, trainable_variables)
         variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
         grads = list(grads)
@@ -54,6 +54,12 @@ def _reduce_before_check(plain: Callable[..., Any]) -> Callable[..., Any]:
         grads = reducer.complete(grads, variables)
         if not grads:
             return plain(self, grads, trainable_variables)
+        if reducer.relaxed and reducer.accumulator.passes == 1:
+            grads = reducer.reduce(grads, variables)  # in a warm-up
+            with reducer.already_reduced():
+                result = plain(self, grads, variables)
+            reducer.after_step()  # the step counts, also where this rank alone leaves it out
+            return result
         if reducer.accumulator.passes > 1 or inner.defers:
             return plain(self, _agreed(grads, self.check_finite(grads), reducer), variables)
         grads = reducer.reduce(grads, variables)

@@ -14,6 +14,7 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 import hvdscale.tensorflow as hvd
 from hvdscale.sync import Reduction
 from hvdscale.tensorflow import sync
+from hvdscale.tensorflow.channel import open_channel
 from hvdscale.tensorflow.kinds import in_kind, kind_of
 from hvdscale.tensorflow.messages import exchanges
 from hvdscale.tensorflow.runtime import control, world
@@ -32,8 +33,11 @@ __all__ = [
     "in_kind",
     "initialised",
     "kind_of",
+    "only_if",
     "op_name",
+    "open_channel",
     "reduce_gradients",
+    "run_between_steps",
     "scaled",
     "sum_over_ranks",
     "tensor",
@@ -122,3 +126,44 @@ def gather_rows(row: Any, process_set: Any, name: str) -> Any:
 def reduce_gradients(gradients: Sequence[Any], reduction: Reduction, **arguments: Any) -> list[Any]:
     """As ``hvdscale.tensorflow``'s, by the given name alone: Keras's scopes hold counters that differ between ranks."""
     return sync.reduce_gradients(gradients, reduction, ignore_name_scope=True, **arguments)
+
+
+def only_if(condition: Callable[[], bool], change: Callable[[list[Any]], list[Any]], tensors: list[Any]) -> list[Any]:
+    """``change(tensors)`` where ``condition()`` holds when the step runs; ``tensors`` elsewhere. ``None`` stays."""
+    present = [i for i, t in enumerate(tensors) if t is not None]
+    dense = [as_dense(tensors[i]) for i in present]
+
+    def changed() -> list[Any]:
+        whole: list[Any] = [None] * len(tensors)
+        for i, value in zip(present, dense, strict=True):
+            whole[i] = value
+        return [as_dense(change(whole)[i]) for i in present]
+
+    holds = tf.numpy_function(lambda: np.bool_(condition()), [], tf.bool)
+    holds.set_shape(())
+    results = tf.cond(holds, changed, lambda: [tf.identity(t) for t in dense])
+    whole = list(tensors)
+    for i, value in zip(present, results, strict=True):
+        whole[i] = value
+    return whole
+
+
+def run_between_steps(local: Any) -> None:
+    """Count a step of ``local``, and meet if it is time to. In a graph: each time it runs.
+
+    A graph knows nothing of variables that Python touches while it runs, and would read them too early. So
+    their values are handed out, and come back as results that the graph assigns.
+    """
+    meets = tf.numpy_function(lambda: np.bool_(local.count()), [], tf.bool)
+    meets.set_shape(())
+
+    def meet() -> tf.Tensor:
+        variables = [v.value for v in local.variables]
+        lr = tf.cast(tf.convert_to_tensor(local.learning_rate), tf.float32)
+        results = tf.numpy_function(local.meet_on, [lr, *variables], [v.dtype for v in variables])
+        for variable, result in zip(variables, results, strict=True):
+            result.set_shape(variable.shape)
+            variable.assign(result)
+        return tf.constant(0)
+
+    tf.cond(meets, meet, lambda: tf.constant(0))

@@ -12,6 +12,7 @@ import torch
 
 import hvdscale.torch as hvd
 from hvdscale.sync import Kind
+from hvdscale.torch.channel import open_channel
 from hvdscale.torch.gradients import HOROVOD_OPS, reduce_gradients
 from hvdscale.torch.runtime import control, world
 
@@ -28,8 +29,11 @@ __all__ = [
     "in_kind",
     "initialised",
     "kind_of",
+    "only_if",
     "op_name",
+    "open_channel",
     "reduce_gradients",
+    "run_between_steps",
     "scaled",
     "sum_over_ranks",
     "tensor",
@@ -131,3 +135,15 @@ class _GatherRows(torch.autograd.Function):
 def gather_rows(row: Any, process_set: Any, name: str) -> Any:
     """``[k]`` of each rank -> ``[ranks, k]``. What depends on this rank's row is summed over all ranks' losses."""
     return _GatherRows.apply(row, process_set, name)
+
+
+def only_if(condition: Callable[[], bool], change: Callable[[list[Any]], list[Any]], tensors: list[Any]) -> list[Any]:
+    """``change(tensors)`` where ``condition()`` holds when the step runs; ``tensors`` elsewhere."""
+    return change(tensors) if condition() else tensors
+
+
+def run_between_steps(local: Any) -> None:
+    """Count a step of ``local``, and meet if it is time to."""
+    with torch.no_grad():
+        if local.count():
+            local.meet()

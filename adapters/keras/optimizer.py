@@ -16,6 +16,7 @@ from hvdscale.keras.backend import verbs
 from hvdscale.keras.keras_hooks import install_hooks, reducer_of
 from hvdscale.keras.plan import Distribution
 from hvdscale.keras.reducer import Reducer
+from hvdscale.sync.handle import Sync
 
 __all__ = ["DistributedOptimizer", "PartialDistributedOptimizer"]
 
@@ -69,7 +70,9 @@ def DistributedOptimizer(
         groups: number of messages, or lists of variables that travel together.
         process_set: ranks that take part; others apply their own gradients.
         scale_local_gradients: divide gradients of local variables by the number of ranks.
-        sync: when ranks agree, and on what; ``None`` is ``EveryStep()``.
+        sync: when ranks agree, and on what: ``EveryStep()`` when left out, or ``LocalSGD(...)``, ``DiLoCo(...)``,
+            ``SlowMo(...)``, which let each rank train alone between rounds. ``optimizer.sync`` then has ``flush()``,
+            ``outer_weights()``, ``metrics()`` and the state to save.
         model: its weights, and the optimizer's state, are copied from the first rank before the first step: now,
             or, if the first batch builds the model, when that has built it and before it is computed.
             Seed generators are not: dropout differs from rank to rank.
@@ -184,7 +187,8 @@ class _Distributed:
         passes = reducer.accumulator.passes
         variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)  # type: ignore[attr-defined]
         grads = list(grads)
-        if len(grads) != len(variables) or (passes == 1 and not reducer.exchanges):
+        acts = reducer.exchanges or reducer.relaxed
+        if len(grads) != len(variables) or (passes == 1 and not acts):
             return plain.apply(grads, trainable_variables)
         if not reducer.suspended:
             reducer.prepare(self, grads, variables)
@@ -195,16 +199,26 @@ class _Distributed:
             if not self.built:  # type: ignore[has-type]
                 self.build(variables)  # no variable can be made inside the branch that follows
                 self.built = True
-            return reducer.accumulator.add(
-                grads, variables, lambda sums: plain.apply(reducer.reduce(sums, variables), variables)
-            )
+            return reducer.accumulator.add(grads, variables, lambda sums: self._reduce_and_step(plain, sums, variables))
         if self.defers:
             reducer.deferred = [v for g, v in zip(grads, variables, strict=True) if g is not None]
             try:
-                return plain.apply(grads, variables)
+                result = plain.apply(grads, variables)
             finally:
                 reducer.deferred = None
-        return plain.apply(reducer.reduce(grads, variables), variables)
+            reducer.after_step()
+            return result
+        return self._reduce_and_step(plain, grads, variables)
+
+    def _reduce_and_step(self, plain: Any, grads: Sequence[Any], variables: Sequence[Any]) -> Any:
+        result = plain.apply(self._hvdscale.reduce(grads, variables), variables)
+        self._hvdscale.after_step()
+        return result
+
+    @property
+    def sync(self) -> Sync[Any]:
+        """The agreement of all ranks: ``flush()``, ``outer_weights()``, ``metrics()``, ``state_dict()`` and others."""
+        return self._hvdscale.sync_of(self)
 
     @property
     def defers(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from hvdscale.errors import PlanError
 from hvdscale.keras.backend import verbs
 from hvdscale.keras.replicas import path_of
-from hvdscale.sync import EveryStep, Reduction, read_groups
+from hvdscale.sync import EveryStep, Reduction, Relaxed, read_groups
 
 __all__ = ["Distribution"]
 
@@ -26,6 +26,7 @@ class Distribution:
         average_passes: divide the gradients added up over ``reduction.passes`` by their number.
         scale_local: divide the gradients of local variables by the number of ranks.
         name: head of the messages' names.
+        agreement: when ranks agree, and on what.
     """
 
     reduction: Reduction
@@ -35,6 +36,7 @@ class Distribution:
     average_passes: bool
     scale_local: bool
     name: str
+    agreement: EveryStep | Relaxed
 
     @classmethod
     def of(
@@ -57,9 +59,11 @@ class Distribution:
         Raises:
             PlanError: a value that cannot be.
         """
-        if sync is not None and not isinstance(sync, EveryStep):
+        agreement = EveryStep() if sync is None else sync
+        if not isinstance(agreement, (EveryStep, Relaxed)):
             raise PlanError(
-                f"sync takes EveryStep() in this version, got {sync!r}. Leave it out for an all-reduce each step."
+                f"sync takes EveryStep(), LocalSGD(...), DiLoCo(...) or SlowMo(...), got {sync!r}. Leave it out for an "
+                "all-reduce each step."
             )
         number, lists = read_groups(groups)
         reduction = Reduction(
@@ -69,13 +73,19 @@ class Distribution:
             groups=number,
             sparse_as_dense=sparse_as_dense,
         )
-        return cls(reduction, lists, compression, process_set, average_passes, scale_local, name)
+        agreement.check(reduction)
+        if isinstance(agreement, Relaxed) and compression is not verbs.hvd.Compression.none:
+            raise PlanError(
+                'Rounds have a wire format of their own. Leave compression out, and say wire="fp16" in the plan.'
+            )
+        return cls(reduction, lists, compression, process_set, average_passes, scale_local, name, agreement)
 
     def facts(self) -> dict[str, object]:
         """What must be the same on every rank."""
         compression = getattr(self.compression, "__name__", type(self.compression).__name__)
         return {
             "name": self.name,
+            **self.agreement.facts(),
             "reduction": self.reduction,
             "groups": [[path_of(v) for v in group] for group in self.groups],
             "compression": compression,

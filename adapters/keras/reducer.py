@@ -11,9 +11,11 @@ from hvdscale.errors import PlanError
 from hvdscale.keras.accumulator import Accumulator
 from hvdscale.keras.backend import verbs
 from hvdscale.keras.first_weights import has_weights, when_built
+from hvdscale.keras.local import LocalTraining
 from hvdscale.keras.plan import Distribution
 from hvdscale.keras.replicas import agree_on, broadcast_variables, model_state, path_of
-from hvdscale.sync import Kind, Reduction, common_kinds
+from hvdscale.sync import Kind, Reduction, Relaxed, common_kinds
+from hvdscale.sync.handle import SteadySync, Sync
 
 __all__ = ["Reducer"]
 
@@ -29,6 +31,9 @@ class Reducer:
         self.suspended = False  # a wrapper of our optimizer has reduced already
         self.deferred: list[Any] | None = None  # variables of gradients that Keras is still accumulating
         self._model = model
+        self._given_model = model  # whose running statistics meet in rounds
+        self._training: LocalTraining | None = None
+        self._resumed = False  # weights and optimizer state were loaded by each rank: nothing is copied
         self._shared = False
         self._compared = False
         self._kinds: dict[int, Kind] = {}  # by id of the variable: what all ranks send for it
@@ -43,6 +48,40 @@ class Reducer:
         if verbs.world().size == 1:
             return False
         return bool(self.plan.process_set.included()) and self.plan.process_set.size() > 1
+
+    @property
+    def relaxed(self) -> bool:
+        """Whether this rank trains alone between rounds, in which it takes part."""
+        return isinstance(self.plan.agreement, Relaxed) and bool(self.plan.process_set.included())
+
+    def sync_of(self, optimizer: Any) -> Sync[Any]:
+        """What ``optimizer.sync`` is.
+
+        Raises:
+            PlanError: the model has no variables yet.
+        """
+        if self.relaxed:
+            model, variables = self._given_model, optimizer._trainable_variables
+            if not variables and model is not None and has_weights(model):
+                variables = model.trainable_variables
+                optimizer.build(variables)
+            if not variables and self._training is None:
+                raise PlanError(
+                    "There is nothing to agree on yet: the model has no variables. Build it, or make a step, first."
+                )
+            self._resumed = self._resumed or not self._compared
+            return self.local_training(optimizer, variables).sync
+        return SteadySync(lambda: {path_of(v): verbs.tensor(v) for v in optimizer._trainable_variables})
+
+    def local_training(self, optimizer: Any, variables: Sequence[Any]) -> LocalTraining:
+        """The rounds of this optimizer, made when they are first needed, on all ranks."""
+        if self._training is None:
+            assert isinstance(self.plan.agreement, Relaxed)
+            with verbs.eager():
+                self._training = LocalTraining(
+                    self.plan.agreement, optimizer, variables, self._given_model, self.plan.process_set
+                )
+        return self._training
 
     # Before the first step ------------------------------------------------------------------------------
 
@@ -77,21 +116,25 @@ class Reducer:
 
     def prepare(self, optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
         """Build the optimizer, agree, and copy the first rank's state: before these variables' first update."""
-        if self._compared and all(id(v) in self._kinds for v in variables):
+        if self._compared and (all(id(v) in self._kinds for v in variables) or not self.exchanges):
             return
         if not verbs.initialised(variables):
             return
         with verbs.eager():
             if self.exchanges:
                 self._agree(gradients, variables)
-                self.share_model()  # again: weights may have been loaded on one rank since
+                if not self._resumed:
+                    self.share_model()  # again: weights may have been loaded on one rank since
             if not variables:
                 return
             if not optimizer.built:
                 optimizer.build(list(variables))
-            if self.exchanges and self._model is not None:
+            if self.exchanges and self._model is not None and not self._resumed:
                 broadcast_variables(optimizer.variables, self._root, self.plan.process_set)
-                self._model = None
+            self._model = None
+            self._compared = True
+            if self.relaxed:
+                self.local_training(getattr(optimizer, "inner_optimizer", optimizer), variables).begin()
 
     @property
     def _root(self) -> int:
@@ -157,7 +200,21 @@ class Reducer:
         return result
 
     def reduce(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
-        """The gradients of all ranks as one list; ``None`` stays ``None``.
+        """The gradients of all ranks as one list; ``None`` stays ``None``. Between rounds: this rank's own."""
+        local = self._training
+        if local is None:
+            return self._reduced(gradients, variables)
+        if not local.has_warmup or self.suspended:
+            return list(gradients)
+        return verbs.only_if(local.warming_up, lambda g: self._reduced(g, variables), list(gradients))  # type: ignore[no-any-return]
+
+    def after_step(self) -> None:
+        """The optimizer has made a step, or left it out."""
+        if self._training is not None and not self.suspended:
+            self._training.after_step()
+
+    def _reduced(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+        """The gradients of all ranks as one list.
 
         Raises:
             PlanError: under XLA, which has no kernels for Horovod.

@@ -57,7 +57,17 @@ from horovod.tensorflow.util import refs_to_vars, vars_to_refs
 
 from hvdscale.data import ShardPlan, split
 from hvdscale.errors import BuildError, DesyncError, HvdscaleError, PlanError, StateError, TransportError, WorldError
-from hvdscale.sync import EveryStep, Reduction
+from hvdscale.sync import (
+    DiLoCo,
+    EveryStep,
+    LocalSGD,
+    Reduction,
+    SlowMo,
+    constant,
+    drift_target,
+    post_local,
+    qsr,
+)
 from hvdscale.tensorflow import compression, elastic, functions, gradient_aggregation, mpi_ops, sync_batch_norm
 from hvdscale.tensorflow.broadcast import (
     BroadcastGlobalVariablesHook,
@@ -81,6 +91,7 @@ from hvdscale.tensorflow.runtime import init, runtime_settings, shutdown, world
 from hvdscale.tensorflow.sync import reduce_gradients
 from hvdscale.tensorflow.tape import DistributedGradientTape, PartialDistributedGradientTape
 from hvdscale.tensorflow.wire import Compression
+from hvdscale.update import Nesterov, SlowMomentum
 
 if TYPE_CHECKING:
     from hvdscale.tensorflow.sync_batch_norm import SyncBatchNormalization
@@ -92,19 +103,24 @@ __all__ = [
     "BuildError",
     "Compression",
     "DesyncError",
+    "DiLoCo",
     "DistributedGradientTape",
     "DistributedOptimizer",
     "EveryStep",
     "HvdscaleError",
     "LocalGradientAggregationHelper",
+    "LocalSGD",
     "Max",
     "Min",
+    "Nesterov",
     "PartialDistributedGradientTape",
     "PlanError",
     "ProcessSet",
     "Product",
     "Reduction",
     "ShardPlan",
+    "SlowMo",
+    "SlowMomentum",
     "StateError",
     "Sum",
     "SyncBatchNormalization",
@@ -124,10 +140,12 @@ __all__ = [
     "ccl_built",
     "check_num_rank_power_of_2",
     "compression",
+    "constant",
     "cross_rank",
     "cross_size",
     "cuda_built",
     "ddl_built",
+    "drift_target",
     "elastic",
     "functions",
     "global_process_set",
@@ -152,7 +170,9 @@ __all__ = [
     "mpi_ops",
     "mpi_threads_supported",
     "nccl_built",
+    "post_local",
     "process_set_included_op",
+    "qsr",
     "rank",
     "rank_op",
     "reduce_gradients",

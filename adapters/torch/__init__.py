@@ -13,7 +13,17 @@ from horovod.torch import allgather_object, broadcast_object
 
 from hvdscale.data import BalancedPlan, ShardPlan, ShardStream, pack, split
 from hvdscale.errors import BuildError, DesyncError, HvdscaleError, PlanError, StateError, TransportError, WorldError
-from hvdscale.sync import EveryStep, Reduction
+from hvdscale.sync import (
+    DiLoCo,
+    EveryStep,
+    LocalSGD,
+    Reduction,
+    SlowMo,
+    constant,
+    drift_target,
+    post_local,
+    qsr,
+)
 from hvdscale.torch import common, compression, elastic, functions, mpi_ops, optimizer, sync_batch_norm
 from hvdscale.torch.batch_norm import SyncBatchNorm
 from hvdscale.torch.broadcast import broadcast_optimizer_state, broadcast_parameters
@@ -24,6 +34,7 @@ from hvdscale.torch.runtime import runtime_settings, world
 from hvdscale.torch.samplers import ShardedBatchSampler
 from hvdscale.torch.streaming import ShardedIterable
 from hvdscale.torch.sync import DistributedOptimizer
+from hvdscale.update import Nesterov, SlowMomentum
 
 __all__ = [
     *common.__all__,
@@ -32,6 +43,15 @@ __all__ = [
     "DesyncError",
     "DistributedOptimizer",
     "EveryStep",
+    "DiLoCo",
+    "LocalSGD",
+    "Nesterov",
+    "SlowMo",
+    "SlowMomentum",
+    "constant",
+    "drift_target",
+    "post_local",
+    "qsr",
     "HvdscaleError",
     "PlanError",
     "Reduction",

@@ -66,6 +66,15 @@ class DeltaReducer:
     def forget(self) -> None:
         self._before = []
 
+    def before_scaler(self) -> None:
+        raise PlanError(
+            "op=Adasum keeps each rank's own gradients, so that ranks would skip different steps under "
+            "a GradScaler. Use op=Average, or bfloat16, which needs no scaler."
+        )
+
+    def step_skipped(self) -> None:
+        """No scaler gets so far."""
+
     def before_step(self) -> None:
         self._before = [(n, p, p.detach().clone()) for n, p in self._named if p.requires_grad]
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from hvdscale.errors import PlanError
 from hvdscale.torch.distributed import DistributedMixin
 
 __all__ = ["watch_gradient_scalers"]
@@ -31,15 +30,15 @@ def watch_gradient_scalers() -> None:
 def _after_synchronize(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def wrapper(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(optimizer, DistributedMixin) and scaler.is_enabled():
-            exchange = optimizer._hvdscale.exchange
-            if exchange is not None and not exchange.watches_gradients:
-                raise PlanError(
-                    "op=Adasum keeps each rank's own gradients, so that ranks would skip different steps under "
-                    "a GradScaler. Use op=Average, or bfloat16, which needs no scaler."
-                )
-            optimizer.synchronize()
-        return method(scaler, optimizer, *args, **kwargs)
+        held = optimizer._hvdscale if isinstance(optimizer, DistributedMixin) and scaler.is_enabled() else None
+        if held is None or held.exchange is None:
+            return method(scaler, optimizer, *args, **kwargs)
+        held.exchange.before_scaler()
+        steps = held.steps
+        result = method(scaler, optimizer, *args, **kwargs)
+        if method.__name__ == "step" and held.steps == steps:
+            held.exchange.step_skipped()
+        return result
 
     wrapper._hvdscale = True  # type: ignore[attr-defined]
     return wrapper

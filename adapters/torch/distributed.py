@@ -14,13 +14,16 @@ from dataclasses import replace
 from typing import Any
 
 import horovod.torch as _horovod
-from horovod.torch import ProcessSet, global_process_set
-from torch import Tensor
+from horovod.torch import global_process_set
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hvdscale.errors import DesyncError, PlanError, StateError
 from hvdscale.runtime.agreement import Fingerprint, agree
+from hvdscale.sync import Relaxed
+from hvdscale.sync.handle import SteadySync, Sync
 from hvdscale.torch.adasum import DeltaReducer
+from hvdscale.torch.local import LocalTraining
 from hvdscale.torch.names import parameter_names
 from hvdscale.torch.reducer import Reducer, Survey
 from hvdscale.torch.runtime import control, elastic
@@ -46,6 +49,14 @@ class DistributedMixin:
 
     _hvdscale: Attachment
     param_groups: list[dict[str, Any]]
+
+    @property
+    def sync(self) -> Sync[Tensor]:
+        """The agreement of all ranks: ``flush()``, ``outer_weights()``, ``metrics()``, ``state_dict()`` and others."""
+        held = self._hvdscale
+        if isinstance(held.exchange, LocalTraining):
+            return held.exchange.sync
+        return SteadySync(lambda: {name: p.detach().clone() for name, p in held.named if p.requires_grad})
 
     @property
     def backward_passes_per_step(self) -> int:
@@ -132,6 +143,7 @@ def distribute(
     names: dict[int, str] | None,
     named: list[tuple[str, Tensor]],
     sparse: frozenset[int] | None = None,
+    model: nn.Module | None = None,
 ) -> None:
     """Make ``optimizer`` distributed in place. Collective over the process set.
 
@@ -140,6 +152,7 @@ def distribute(
         names: the user's names by ``id`` of the parameter, for groups added later.
         named: ``(name, parameter)`` of all groups, in order.
         sparse: ``id`` of the parameters that have sparse gradients, or ``None`` where that is not known.
+        model: whose buffers are averaged in rounds.
 
     Raises:
         DesyncError: ranks disagree on parameters, optimizer or terms.
@@ -147,8 +160,8 @@ def distribute(
     """
     global _wrapped
     number, _wrapped = str(_wrapped), _wrapped + 1
-    held = Attachment(terms, names, named, number, None, sparse or frozenset(), asks=sparse is None)
-    alone = not _takes_part(terms.process_set)
+    held = Attachment(terms, names, named, number, None, sparse or frozenset(), asks=sparse is None, model=model)
+    alone = not _takes_part(terms)
     if not alone:
         _agree(optimizer, held, "the optimizer")
     try:
@@ -163,8 +176,10 @@ def distribute(
         _watch(optimizer, held)
 
 
-def _takes_part(process_set: ProcessSet) -> bool:
-    return bool(process_set.included()) and (_horovod.size() > 1 or elastic())
+def _takes_part(terms: Terms) -> bool:
+    """Rounds are held by a rank alone, too: its outer optimizer is part of the method."""
+    exchanges = _horovod.size() > 1 or elastic() or isinstance(terms.plan, Relaxed)
+    return bool(terms.process_set.included()) and exchanges
 
 
 def _agree(optimizer: Optimizer, held: Attachment, about: str) -> None:
@@ -182,12 +197,15 @@ def _agree(optimizer: Optimizer, held: Attachment, about: str) -> None:
 def _watch(optimizer: Optimizer, held: Attachment) -> None:
     terms, prefix = held.terms, f"hvdscale.{held.number}."
     common = {"compression": terms.compression, "process_set": terms.process_set, "prefix": prefix}
+    survey = _survey(terms) if held.asks else None
     if terms.reduction.op == "adasum":
         held.exchange = DeltaReducer(terms.reduction, **common)
+    elif isinstance(terms.plan, Relaxed):
+        warm = terms.plan.warmup > 0 and _horovod.size() > 1
+        reducer = Reducer(terms.reduction, sparse=held.sparse, survey=survey, **common) if warm else None
+        held.exchange = LocalTraining(terms.plan, optimizer, held.model, terms.process_set, reducer)
     else:
-        held.exchange = Reducer(
-            terms.reduction, sparse=held.sparse, survey=_survey(terms) if held.asks else None, **common
-        )
+        held.exchange = Reducer(terms.reduction, sparse=held.sparse, survey=survey, **common)
     held.exchange.add(held.named)
     optimizer.register_step_pre_hook(before_step)
     optimizer.register_step_post_hook(after_step)
@@ -235,5 +253,5 @@ def _attach(optimizer: Optimizer, terms: Terms, original: str, registry: Registr
     number = f"{original}.copy{_copies[original]}"
     held = Attachment(terms, {id(p): n for n, p in named}, named, number, None, sparse, asks)
     optimizer._hvdscale = held  # type: ignore[attr-defined]
-    if _takes_part(terms.process_set):
+    if _takes_part(terms):
         _watch(optimizer, held)

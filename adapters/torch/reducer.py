@@ -118,6 +118,21 @@ class Reducer:
         self._left = {}
         self._finished = ""
 
+    def stop(self) -> None:
+        """Watch no gradient any more."""
+        for parameter in self._parameters:
+            handle = _watching.pop(id(parameter), None)
+            if handle is not None:
+                handle.remove()
+        self._hooked.clear()
+
+    def before_scaler(self) -> None:
+        """A gradient scaler is about to look for infinities: it sees those of all ranks."""
+        self.synchronize()
+
+    def step_skipped(self) -> None:
+        """A gradient scaler left the step out, on every rank."""
+
     def before_step(self) -> None:
         self.synchronize()
 

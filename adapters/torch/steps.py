@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import horovod.torch as _horovod
 import torch
 from horovod.torch import ProcessSet
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hvdscale._version import __version__
-from hvdscale.sync import EveryStep, Reduction
+from hvdscale.sync import EveryStep, Reduction, Relaxed
 
 __all__ = ["Attachment", "Exchange", "Terms", "after_step", "before_step"]
 
@@ -23,7 +23,7 @@ class Terms:
     """How one optimizer's gradients are reduced: what all ranks must agree on."""
 
     reduction: Reduction
-    plan: EveryStep
+    plan: EveryStep | Relaxed
     compression: Any
     process_set: ProcessSet
 
@@ -37,17 +37,19 @@ class Terms:
             "torch": torch.__version__,
             "optimizer": f"{kind.__module__}.{kind.__qualname__}",
             "optimizers wrapped before": number,
-            "plan": self.plan,
+            **self.plan.facts(),
             "reduction": self.reduction,
             "compression": getattr(self.compression, "__name__", type(self.compression).__name__),
         }
 
 
 class Exchange(Protocol):
-    """What runs around a step; ``Reducer`` and ``DeltaReducer``."""
+    """What runs around a step; ``Reducer``, ``DeltaReducer`` and ``LocalTraining``."""
 
-    watches_gradients: bool
     passes: int
+
+    @property
+    def watches_gradients(self) -> bool: ...
 
     @property
     def busy(self) -> bool: ...
@@ -61,6 +63,10 @@ class Exchange(Protocol):
     def new_round(self) -> None: ...
 
     def forget(self) -> None: ...
+
+    def before_scaler(self) -> None: ...
+
+    def step_skipped(self) -> None: ...
 
     def before_step(self) -> None: ...
 
@@ -79,6 +85,8 @@ class Attachment:
     sparse: frozenset[int] = frozenset()  # by id, parameters known to have sparse gradients
     asks: bool = False  # ranks ask each other which gradients are sparse, because the user gave no model
     skip: bool = False
+    model: nn.Module | None = None  # as the user gave it
+    steps: int = 0  # of the optimizer, since it was wrapped
 
 
 def before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -98,6 +106,7 @@ def before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 def after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     held: Attachment = optimizer._hvdscale
+    held.steps += 1
     if held.exchange is not None:
         held.exchange.after_step()
 

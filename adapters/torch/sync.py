@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hvdscale.errors import PlanError
-from hvdscale.sync import EveryStep, Reduction
+from hvdscale.sync import EveryStep, Reduction, Relaxed
 from hvdscale.torch import amp
 from hvdscale.torch.adasum import check_adasum
 from hvdscale.torch.broadcast import broadcast_optimizer_state, broadcast_parameters
@@ -43,7 +43,7 @@ def DistributedOptimizer(
     sparse_as_dense: bool = False,
     process_set: ProcessSet = global_process_set,
     *,
-    sync: EveryStep | None = None,
+    sync: EveryStep | Relaxed | None = None,
     model: nn.Module | None = None,
 ) -> AnyOptimizer:
     """Make ``optimizer`` step on gradients reduced over all ranks. Collective.
@@ -81,9 +81,10 @@ def DistributedOptimizer(
     if isinstance(optimizer, DistributedMixin):
         raise PlanError("This optimizer is distributed already; its gradients would be reduced twice. Wrap it once.")
     plan = EveryStep() if sync is None else sync
-    if not isinstance(plan, EveryStep):
+    if not isinstance(plan, (EveryStep, Relaxed)):
         raise PlanError(
-            f"sync takes EveryStep() in this version, got {sync!r}. Leave it out for an all-reduce each step."
+            f"sync takes EveryStep(), LocalSGD(...), DiLoCo(...) or SlowMo(...), got {sync!r}. Leave it out for an "
+            "all-reduce each step."
         )
     if process_set.process_set_id is None:
         raise PlanError(
@@ -107,11 +108,18 @@ def DistributedOptimizer(
         groups=_positions(groups, parameters),
         sparse_as_dense=sparse_as_dense,
     )
+    plan.check(reduction)
+    if isinstance(plan, Relaxed) and compression is not Compression.none:
+        raise PlanError(
+            'Rounds have a wire format of their own. Leave compression out, and say wire="fp16" in the plan.'
+        )
     if reduction.op == "adasum":
         check_adasum(process_set)
     elif groups is None:
         reduction = replace(reduction, groups=_groups_on_one_host(parameters))
-    distribute(optimizer, Terms(reduction, plan, compression, process_set), names, named, _sparse_parameters(model))
+    distribute(
+        optimizer, Terms(reduction, plan, compression, process_set), names, named, _sparse_parameters(model), model
+    )
     amp.watch_gradient_scalers()
     if model is not None and process_set.included():
         root = process_set.ranks[0]

@@ -106,9 +106,11 @@ class MPITransport:
     automatic types fail for half precision.
     """
 
-    def __init__(self, comm: Any, ranks: tuple[int, ...] | None = None) -> None:
+    def __init__(self, comm: Any, ranks: tuple[int, ...] | None = None, pause_seconds: float = 0.0) -> None:
         self._comm = comm.Dup()
+        self._pause_seconds = pause_seconds
         self._subsets: dict[tuple[int, ...], MPITransport] = {}
+        self._twins: list[MPITransport] = []
         self._gone: tuple[int, ...] = ()  # global ranks
         self._closed = False
         self.rank: int = comm.Get_rank()
@@ -120,7 +122,7 @@ class MPITransport:
 
         if not self._gone:
             request, lengths = self._start(len(data), np.empty(self.size + 1, np.int64))
-            request.Wait()
+            self.wait(request)
             self._gone = self._saying(_LEFT, lengths)
         if self._gone:
             raise TransportError(
@@ -151,8 +153,29 @@ class MPITransport:
             self._closed = True
             # Not awaited: MPI delivers it while Horovod's thread or MPI's own end makes progress.
             self._start(_LEFT, self._memory_for_good())
-            for subset in self._subsets.values():
-                subset.close()
+            for other in (*self._subsets.values(), *self._twins):
+                other.close()
+
+    def twin(self, pause_seconds: float = 0.0) -> MPITransport:
+        """Another transport of the same ranks, for another thread or another purpose; closed with this one. Collective.
+
+        ``pause_seconds`` above 0: who waits sleeps between two looks, and leaves the core to others.
+        """
+        self._twins.append(MPITransport(self._comm, self.ranks, pause_seconds))
+        return self._twins[-1]
+
+    @property
+    def communicator(self) -> Any:
+        """The private mpi4py communicator, for large buffers."""
+        return self._comm
+
+    def wait(self, request: Any) -> None:
+        """Wait for a request of MPI's."""
+        if not self._pause_seconds:
+            request.Wait()
+            return
+        while not request.Test():
+            time.sleep(self._pause_seconds)
 
     def who_left(self, patience_seconds: float) -> tuple[int, ...]:
         if self._gone or self._closed:

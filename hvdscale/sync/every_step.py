@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hvdscale.errors import PlanError
+from hvdscale.sync.reduction import Reduction
 
 __all__ = ["EveryStep"]
 
@@ -30,3 +31,10 @@ class EveryStep:
                 f"EveryStep(update=...) takes 'local' in this version, got {self.update!r}. "
                 "Leave it out: every worker then applies the averaged gradient itself."
             )
+
+    def check(self, reduction: Reduction) -> None:
+        """Every reduction of gradients goes with it."""
+
+    def facts(self) -> dict[str, object]:
+        """What all ranks must agree on, by name."""
+        return {"plan": self}

@@ -67,6 +67,10 @@ class ContractDriver(ABC):
     def weights(self, model: Any) -> Weights:
         """The network's weights, in the oracle's order and layout, as float64."""
 
+    @abstractmethod
+    def set_weights(self, model: Any, weights: Weights) -> None:
+        """Load the network's weights, as from a checkpoint."""
+
     def everyones(self, array: np.ndarray) -> np.ndarray:
         """``array`` of all ranks, stacked along a new first axis."""
         gathered = self.hvd.allgather(self.tensor(array.reshape(1, -1)))

@@ -55,3 +55,6 @@ class Driver(ContractDriver):
 
     def weights(self, model: Any) -> Weights:
         return [np.asarray(w, np.float64) for w in model.get_weights()]
+
+    def set_weights(self, model: Any, weights: Weights) -> None:
+        model.set_weights([w.astype(np.float32) for w in weights])

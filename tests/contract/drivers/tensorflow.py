@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 import hvdscale.tensorflow as hvd
-from hvdscale.sync import Reduction
+from hvdscale.sync import Reduction, Relaxed
 from tests.contract.driver import ContractDriver
 from tests.contract.oracle import HIDDEN, INPUTS, Batch, Weights
 
@@ -28,6 +28,10 @@ class Distributed:
 
     optimizer: keras.optimizers.Optimizer
     wrap: Callable[[tf.GradientTape], tf.GradientTape]
+
+    @property
+    def sync(self) -> Any:
+        return self.optimizer.sync
 
 
 class Driver(ContractDriver):
@@ -52,6 +56,8 @@ class Driver(ContractDriver):
         return _OPTIMIZERS[kind]()
 
     def distribute(self, optimizer: Any, model: Any, **arguments: Any) -> Distributed:
+        if isinstance(arguments.get("sync"), Relaxed):  # rounds follow steps: they belong to the optimizer
+            return Distributed(hvd.DistributedOptimizer(optimizer, model=model, **arguments), lambda tape: tape)
         Reduction(passes=arguments.pop("backward_passes_per_step", 1))  # the loop adds up: see ``step``
         before = optimizer.wrap if isinstance(optimizer, Distributed) else lambda tape: tape
 
@@ -78,3 +84,6 @@ class Driver(ContractDriver):
 
     def weights(self, model: Any) -> Weights:
         return [np.asarray(w, np.float64) for w in model.get_weights()]
+
+    def set_weights(self, model: Any, weights: Weights) -> None:
+        model.set_weights(weights)

@@ -53,3 +53,8 @@ class Driver(ContractDriver):
 
     def weights(self, model: nn.Module) -> Weights:
         return [p.detach().double().numpy().T for p in model.parameters()]
+
+    def set_weights(self, model: nn.Module, weights: Weights) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(model.parameters(), weights, strict=True):
+                parameter.copy_(torch.from_numpy(value.T))

@@ -1,0 +1,171 @@
+"""A Keras model and its optimizer as rounds see them: float32 vectors in, float32 vectors out.
+
+Variables are read and written as they are, or, inside a graph, through arrays that the graph has handed out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from hvdscale.errors import PlanError
+from hvdscale.keras.replicas import path_of
+from hvdscale.sync.tensors import Role, Tensors, TensorSpec
+
+__all__ = ["KerasStore"]
+
+
+class VariableList:
+    """Keras variables, at ``places`` among those of the store."""
+
+    def __init__(self, store: KerasStore, specs: Sequence[TensorSpec], places: Sequence[int]) -> None:
+        self.specs = specs
+        self._store = store
+        self._places = places
+
+    def read(self, positions: Sequence[int], out: np.ndarray) -> None:
+        start = 0
+        for position in positions:
+            stop = start + self.specs[position].size
+            out[start:stop] = np.asarray(self._store.get(self._places[position]), np.float32).ravel()
+            start = stop
+
+    def write(self, positions: Sequence[int], values: np.ndarray) -> None:
+        start = 0
+        for position in positions:
+            stop = start + self.specs[position].size
+            self._store.set(self._places[position], values[start:stop].reshape(self.specs[position].shape))
+            start = stop
+
+
+class KerasStore:
+    """What rounds touch of a Keras model.
+
+    Args:
+        optimizer: built; holds the moments and the learning rate.
+        variables: those it trains.
+        model: for its running statistics, and to know embeddings; without it no buffer is averaged.
+        with_moments: whether rounds touch the moments.
+    """
+
+    def __init__(self, optimizer: Any, variables: Sequence[Any], model: Any, with_moments: bool) -> None:
+        layers = [] if model is None else list(model._flatten_layers())
+        embeddings = {id(layer.embeddings) for layer in layers if isinstance(layer, keras.layers.Embedding)}
+        self._optimizer = optimizer
+        self.variables: list[Any] = []
+        self._staged: list[np.ndarray] | None = None
+        self._lr = 0.0
+        self.weights: Tensors = self._list([(v, "embedding" if id(v) in embeddings else "weight") for v in variables])
+        self.buffers: Tensors = self._list([pair for layer in layers for pair in _statistics(layer)])
+        self._moments = self._list_of_moments(variables) if with_moments else []
+
+    def get(self, place: int) -> Any:
+        """The value of ``variables[place]``, as an array."""
+        if self._staged is not None:
+            return self._staged[place]
+        return keras.ops.convert_to_numpy(self.variables[place])
+
+    def set(self, place: int, value: np.ndarray) -> None:
+        if self._staged is not None:
+            self._staged[place] = value.astype(self._staged[place].dtype)
+        else:
+            self.variables[place].assign(value)
+
+    def stage(self, lr: float, arrays: Sequence[np.ndarray]) -> None:
+        """From now on work on ``arrays``, the values of ``variables``."""
+        self._lr, self._staged = float(lr), list(arrays)
+
+    def unstage(self) -> list[np.ndarray]:
+        """The arrays as they are now; from now on work on the variables again."""
+        arrays, self._staged = self._staged or [], None
+        return arrays
+
+    def moments(self, positions: Sequence[int]) -> Tensors:
+        return VariableList(
+            self,
+            [self._moment_specs[i] for position in positions for i in self._moments[position]],
+            [self._moment_places[i] for position in positions for i in self._moments[position]],
+        )
+
+    def forget_moments(self, positions: Sequence[int]) -> None:
+        moments = self.moments(positions)
+        moments.write(range(len(moments.specs)), np.zeros(sum(spec.size for spec in moments.specs), np.float32))
+
+    def lr(self) -> float:
+        if self._staged is not None:
+            return self._lr
+        return float(keras.ops.convert_to_numpy(self._optimizer.learning_rate))
+
+    def _list(self, entries: Sequence[tuple[Any, Role]]) -> VariableList:
+        specs, places = self._register(entries)
+        return VariableList(self, specs, places)
+
+    def _register(self, entries: Sequence[tuple[Any, Role]]) -> tuple[list[TensorSpec], list[int]]:
+        start = len(self.variables)
+        self.variables += [variable for variable, _ in entries]
+        names = _told_apart([path_of(v) for v, _ in entries])
+        specs = [
+            TensorSpec(name, tuple(v.shape), str(v.dtype), role) for name, (v, role) in zip(names, entries, strict=True)
+        ]
+        return specs, list(range(start, len(self.variables)))
+
+    def _list_of_moments(self, variables: Sequence[Any]) -> list[list[int]]:
+        """Which moments belong to each variable."""
+        slots = _slots(self._optimizer)
+        places = {id(v): i for i, v in enumerate(self._optimizer._trainable_variables)}
+        moments: list[Any] = []
+        owned = []
+        for variable in variables:
+            at = places[id(variable)]
+            owned.append(list(range(len(moments), len(moments) + len(slots))))
+            moments += [(slot[at], "moment") for slot in slots]
+        self._moment_specs, self._moment_places = self._register(moments)
+        return owned
+
+
+def _told_apart(names: Sequence[str]) -> list[str]:
+    """Keras tells layers apart by counters that depend on what was built before; here the second of a name gets .1"""
+    seen: Counter[str] = Counter()
+    unique = []
+    for name in names:
+        unique.append(f"{name}.{seen[name]}" if seen[name] else name)
+        seen[name] += 1
+    return unique
+
+
+def _statistics(layer: Any) -> list[tuple[Any, Role]]:
+    """The running mean and variance of a batch normalisation that trains."""
+    mean, variance = getattr(layer, "moving_mean", None), getattr(layer, "moving_variance", None)
+    if mean is None or variance is None or not layer.trainable:
+        return []
+    return [(mean, "mean"), (variance, "variance")]
+
+
+def _slots(optimizer: Any) -> list[list[Any]]:
+    """The optimizer's lists of moments: as many as its variables, of their shapes, in their order."""
+    trained = optimizer._trainable_variables
+    shapes = [tuple(v.shape) for v in trained]
+    found = []
+    for name, value in sorted(vars(optimizer).items()):
+        if name in ("_trainable_variables", "_accumulated_gradients") or not isinstance(value, (list, tuple)):
+            continue
+        if all(isinstance(v, keras.Variable) for v in value) and [tuple(v.shape) for v in value] == shapes:
+            found.append(list(value))
+    return found
+
+
+def check_reset(optimizer: Any) -> None:
+    """Refuse to forget moments whose bias correction counts the steps of all variables together.
+
+    Raises:
+        PlanError: any optimizer but SGD.
+    """
+    if not isinstance(optimizer, keras.optimizers.SGD):
+        raise PlanError(
+            f'state="reset" cannot begin {type(optimizer).__name__} anew: Keras corrects its moments by the step count '
+            'of the whole optimizer, and empty moments late in training would make huge steps. Use state="average".'
+        )

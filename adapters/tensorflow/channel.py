@@ -1,0 +1,60 @@
+"""The ranks that meet in rounds, and how their buffers travel: mpi4py, or Horovod where there is no MPI."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import horovod.tensorflow as _horovod
+import numpy as np
+import tensorflow as tf
+from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
+
+from hvdscale.runtime.channel import Channel, HorovodChannel, MPIChannel, SoloChannel
+from hvdscale.runtime.transport import MPITransport, SoloTransport
+from hvdscale.tensorflow.runtime import control
+
+__all__ = ["open_channel"]
+
+_numbers = itertools.count()  # channels are opened in the same order on every rank
+
+
+def open_channel(process_set: ProcessSet = global_process_set, patient: bool = False) -> Channel:
+    """A channel of its own among ``process_set``; called by exactly those ranks. Collective.
+
+    ``patient``: for a thread beside the training step.
+    """
+    transport = control(process_set)
+    if isinstance(transport, SoloTransport) or process_set.size() == 1:
+        return SoloChannel()
+    if isinstance(transport, MPITransport):
+        return MPIChannel(transport, patient)
+    return _over_horovod(process_set)
+
+
+def _over_horovod(process_set: ProcessSet) -> Channel:
+    def add(values: np.ndarray, name: str) -> np.ndarray:
+        total = _horovod.allreduce(tf.constant(values), name=name, op=_horovod.Sum, process_set=process_set)
+        return np.asarray(total)
+
+    def gather(data: np.ndarray, name: str) -> np.ndarray:
+        return np.asarray(_horovod.allgather(tf.constant(data), name=name, process_set=process_set))
+
+    def scatter(rows: np.ndarray, name: str) -> np.ndarray:
+        return np.asarray(_horovod.alltoall(tf.constant(rows), name=name, process_set=process_set))
+
+    def narrow(ranks: Sequence[int]) -> Channel:
+        return _over_horovod(_horovod.add_process_set(list(ranks)))
+
+    # Called eagerly, equal operations of TensorFlow share a kernel, and with it the name of the first: two threads
+    # would meet in one message. In a function they have names of their own, but wait for a thread that waits for them.
+    return HorovodChannel(
+        process_set.rank(),
+        tuple(process_set.ranks or range(_horovod.size())),
+        add=add,
+        gather=gather,
+        scatter=scatter,
+        prefix=f"hvdscale.channel.{next(_numbers)}",
+        narrow=narrow,
+        concurrent=False,
+    )

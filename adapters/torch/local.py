@@ -1,0 +1,122 @@
+"""Training alone between rounds: what runs around the step of an optimizer with a plan of the relaxed family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from horovod.torch import ProcessSet
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hvdscale.sync import Relaxed
+from hvdscale.sync.handle import LocalSync
+from hvdscale.sync.rounds import Rounds
+from hvdscale.torch.broadcast import broadcast_parameters
+from hvdscale.torch.channel import open_channel
+from hvdscale.torch.reducer import Reducer
+from hvdscale.torch.store import TorchStore
+
+__all__ = ["LocalTraining"]
+
+
+class LocalTraining:
+    """Each rank steps on its own gradients; weights meet in rounds.
+
+    Args:
+        plan: when and how.
+        optimizer: whose step it is.
+        model: for buffers and embeddings, if known.
+        process_set: the ranks that meet.
+        reducer: averages gradients during the warm-up; ``None`` without one.
+    """
+
+    def __init__(
+        self,
+        plan: Relaxed,
+        optimizer: Optimizer,
+        model: nn.Module | None,
+        process_set: ProcessSet,
+        reducer: Reducer | None,
+    ) -> None:
+        self._plan = plan
+        self._optimizer = optimizer
+        self._model = model
+        self._process_set = process_set
+        self._reducer = reducer
+        self._named: list[tuple[str, Tensor]] = []
+        self._channel = open_channel(process_set, patient=plan.overlap > 0)
+        self.passes = 1 if reducer is None else reducer.passes
+        self.sync: LocalSync[Tensor]
+
+    @property
+    def watches_gradients(self) -> bool:
+        return self._reducer is not None
+
+    @property
+    def busy(self) -> bool:
+        return self._reducer is not None and self._reducer.busy
+
+    def add(self, named: Sequence[tuple[str, Tensor]]) -> None:
+        """Parameters of the optimizer, at first or later. Later ones become the first rank's. Collective."""
+        first = not self._named
+        self._named += named
+        if self._reducer is not None:
+            self._reducer.add(named)
+        if first:
+            self._store = self._trainable()
+            self._rounds = Rounds(self._plan, self._store, self._channel)
+            self.sync = LocalSync(self._rounds, self._store, torch.from_numpy)
+        else:
+            root = (self._process_set.ranks or [0])[0]
+            broadcast_parameters([p for _, p in named], root, self._process_set)
+            self._renew()
+
+    def set_passes(self, passes: int) -> None:
+        self.passes = passes
+        if self._reducer is not None:
+            self._reducer.set_passes(passes)
+
+    def synchronize(self) -> None:
+        """In the warm-up: wait for the averaged gradients. After it gradients stay each rank's own."""
+        if self._reducer is not None:
+            self._reducer.synchronize()
+
+    def before_scaler(self) -> None:
+        self.synchronize()
+
+    def new_round(self) -> None:
+        if self._reducer is not None:
+            self._reducer.new_round()
+
+    def forget(self) -> None:
+        if self._reducer is not None:
+            self._reducer.forget()
+
+    def before_step(self) -> None:
+        self.synchronize()
+        if [s.name for s in self._store.weights.specs] != [s.name for s in self._trainable().weights.specs]:
+            self._renew()  # frozen or unfrozen since
+        self._rounds.before_step()
+
+    def after_step(self) -> None:
+        if self._reducer is not None:
+            self._reducer.after_step()
+        self._rounds.after_step()
+        if self._reducer is not None and not self._rounds.warming_up:
+            self._reducer.stop()
+            self._reducer = None
+
+    def step_skipped(self) -> None:
+        """A gradient scaler left the step out: it counts all the same, so that ranks meet at the same round."""
+        self.before_step()
+        self.after_step()
+
+    def _trainable(self) -> TorchStore:
+        unique = {id(p): (name, p) for name, p in reversed(self._named) if p.requires_grad}
+        return TorchStore(self._optimizer, list(reversed(unique.values())), self._model)
+
+    def _renew(self) -> None:
+        self._store = self._trainable()
+        self._rounds = self._rounds.over(self._store)
+        self.sync.resume(self._rounds, self._store)

@@ -1,0 +1,105 @@
+"""A torch model and its optimizer as rounds see them: float32 vectors in, float32 vectors out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hvdscale.sync.tensors import Role, Tensors, TensorSpec
+
+__all__ = ["TorchStore"]
+
+
+class TensorList:
+    """Named tensors. One that is ``None`` is not there yet: it reads as zero and is not written."""
+
+    def __init__(self, entries: Sequence[tuple[TensorSpec, Tensor | None]]) -> None:
+        self.specs = [spec for spec, _ in entries]
+        self._tensors = [tensor for _, tensor in entries]
+
+    @torch.no_grad()
+    def read(self, positions: Sequence[int], out: np.ndarray) -> None:
+        for tensor, part in self._beside(positions, out):
+            if tensor is None:
+                part.zero_()
+            else:
+                part.copy_(tensor.reshape(-1))
+
+    @torch.no_grad()
+    def write(self, positions: Sequence[int], values: np.ndarray) -> None:
+        for tensor, part in self._beside(positions, values):
+            if tensor is not None:
+                tensor.copy_(part.view(tensor.shape))  # in place: whoever holds the tensor goes on holding it
+
+    def _beside(self, positions: Sequence[int], flat: np.ndarray) -> list[tuple[Tensor | None, Tensor]]:
+        parts = torch.from_numpy(flat).split([self.specs[p].size for p in positions])
+        return [(self._tensors[p], part) for p, part in zip(positions, parts, strict=True)]
+
+
+class TorchStore:
+    """What rounds touch of a torch model.
+
+    Args:
+        optimizer: holds the moments and the learning rate.
+        named: trainable parameters of the optimizer by name, each once.
+        model: for its buffers, and to know embeddings; without it no buffer is averaged.
+    """
+
+    def __init__(self, optimizer: Optimizer, named: Sequence[tuple[str, Tensor]], model: nn.Module | None) -> None:
+        embeddings = _embedding_weights(model)
+        self._optimizer = optimizer
+        self._named = list(named)
+        self.weights: Tensors = TensorList(
+            [(_spec(name, p, "embedding" if id(p) in embeddings else "weight"), p) for name, p in named]
+        )
+        self.buffers: Tensors = TensorList(_buffers(model))
+
+    def moments(self, positions: Sequence[int]) -> Tensors:
+        state = self._optimizer.state
+        keys = sorted({key for _, p in self._named for key, value in state.get(p, {}).items() if _is_moment(value, p)})
+        entries = []
+        for position in positions:
+            name, parameter = self._named[position]
+            for key in keys:
+                value = state.get(parameter, {}).get(key)
+                entries.append((_spec(f"{name}.{key}", parameter, "moment"), value))
+        return TensorList(entries)
+
+    def forget_moments(self, positions: Sequence[int]) -> None:
+        for position in positions:
+            self._optimizer.state.pop(self._named[position][1], None)
+
+    def lr(self) -> float:
+        return float(self._optimizer.param_groups[0]["lr"])
+
+
+def _spec(name: str, tensor: Tensor, role: Role) -> TensorSpec:
+    return TensorSpec(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), role)
+
+
+def _is_moment(value: Any, parameter: Tensor) -> bool:
+    """Step counters are no moments: they are whole numbers, the same on every rank that made the same steps."""
+    return isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape
+
+
+def _embedding_weights(model: nn.Module | None) -> set[int]:
+    modules = () if model is None else model.modules()
+    return {id(module.weight) for module in modules if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
+
+
+def _buffers(model: nn.Module | None) -> list[tuple[TensorSpec, Tensor | None]]:
+    """Floating-point buffers by name, each batch normalisation's mean and variance next to each other."""
+    if model is None:
+        return []
+    roles: dict[int, Role] = {}
+    for module in model.modules():
+        mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+        if isinstance(mean, Tensor) and isinstance(variance, Tensor):
+            roles |= {id(mean): "mean", id(variance): "variance"}
+    # named_buffers gives a module's buffers in the order they were registered: the mean, then the variance.
+    return [(_spec(n, b, roles.get(id(b), "weight")), b) for n, b in model.named_buffers() if b.is_floating_point()]

@@ -1,0 +1,92 @@
+"""The mean of the ranks' pseudo-gradients, each in its wire format: sums are made in float32 and lose nothing twice."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hvdscale.runtime.channel import Channel
+from hvdscale.sync.fragments import Fragment
+from hvdscale.sync.header import Float64s
+from hvdscale.sync.wire import Codec
+from hvdscale.update.outer import Float32s
+
+__all__ = ["Exchange"]
+
+
+class Exchange:
+    """Adds up one fragment over ``channel``. Keeps what the wire lost, to send it the next time.
+
+    ``residual``, float32[coded], is what this rank's own messages lost; ``residual_of_sum`` what its share of the
+    coded sum lost.
+    """
+
+    def __init__(self, fragment: Fragment, codec: Codec, channel: Channel) -> None:
+        self._coded = fragment.coded
+        self._codec = codec
+        self._channel = channel
+        lossy = bool(fragment.coded)
+        self._share = -(-fragment.coded // (channel.size * codec.unit)) * codec.unit  # values each rank adds up
+        self.residual = np.zeros(fragment.coded if lossy else 0, np.float32)
+        self.residual_of_sum = np.zeros(self._share if lossy and codec.way == "scatter" else 0, np.float32)
+
+    def arrays(self) -> dict[str, Float32s]:
+        """What belongs into a checkpoint of this rank."""
+        return {"residual": self.residual, "residual_of_sum": self.residual_of_sum}
+
+    def __call__(self, values: Float32s, shares: Float64s) -> None:
+        """Replace ``values``, float32[n] and finite, by their mean over ranks weighted with ``shares``. Collective."""
+        mine = np.float32(shares[self._channel.rank])
+        exact = values[self._coded :]
+        exact *= mine
+        if exact.size:
+            self._channel.allreduce(exact)
+        if not self._coded:
+            return
+        coded = values[: self._coded]
+        if mine:
+            coded += self.residual
+        else:
+            coded[:] = 0
+        if self._codec.way == "gather":
+            self._gather(coded, shares, keep=bool(mine))
+        else:
+            self._scatter(coded, shares, keep=bool(mine))
+
+    def _gather(self, values: Float32s, shares: Float64s, keep: bool) -> None:
+        code = self._codec.encode(values)
+        everyone = self._channel.allgather(code)
+        theirs = np.empty_like(values)
+        if keep:
+            self._codec.decode(code, theirs)
+            np.subtract(values, theirs, out=self.residual)
+        values[:] = 0
+        for share, row in zip(shares, everyone, strict=True):
+            if share:
+                self._codec.decode(row, theirs)
+                theirs *= np.float32(share)
+                values += theirs
+
+    def _scatter(self, values: Float32s, shares: Float64s, keep: bool) -> None:
+        size = self._channel.size
+        padded = np.zeros((size, self._share), np.float32)
+        padded.reshape(-1)[: values.size] = values
+        codes = np.stack([self._codec.encode(row) for row in padded])  # [size, bytes of a share]
+        received = self._channel.alltoall(codes)
+        part = np.empty(self._share, np.float32)
+        if keep:
+            for row, code in zip(padded, codes, strict=True):
+                self._codec.decode(code, part)
+                row -= part
+            self.residual[:] = padded.reshape(-1)[: values.size]
+        total = self.residual_of_sum.copy()
+        for share, code in zip(shares, received, strict=True):
+            if share:
+                self._codec.decode(code, part)
+                part *= np.float32(share)
+                total += part
+        code = self._codec.encode(total)
+        self._codec.decode(code, part)
+        np.subtract(total, part, out=self.residual_of_sum)
+        for row, sums in zip(padded, self._channel.allgather(code), strict=True):
+            self._codec.decode(sums, row)
+        values[:] = padded.reshape(-1)[: values.size]

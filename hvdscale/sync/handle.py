@@ -1,0 +1,142 @@
+"""What a script can ask of an optimizer's agreement: ``optimizer.sync``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+
+from hvdscale.errors import StateError
+from hvdscale.sync.rounds import Rounds
+from hvdscale.sync.tensors import Store
+from hvdscale.update.outer import Float32s
+
+__all__ = ["LocalSync", "SteadySync", "Sync"]
+
+T = TypeVar("T")
+
+
+class Sync(Protocol[T]):
+    """``optimizer.sync``, whatever the plan."""
+
+    def flush(self) -> None:
+        """Finish a partial period, as a round of its own; on a boundary nothing is left to do. Collective.
+
+        Ranks that have run out of data early wait in here and take part in the others' rounds with weight zero.
+        Every rank holds the same weights afterwards.
+        """
+        ...
+
+    def tell(self, loss: float, samples: float = 1.0) -> None:
+        """Before a step: its mean loss, and how many samples (or tokens) it is made of. Neither is needed.
+
+        Ranks count by their samples when weights are averaged, by their steps when nobody tells.
+        """
+        ...
+
+    def outer_weights(self) -> dict[str, T]:
+        """The weights all ranks share, by parameter name: those to evaluate and to save."""
+        ...
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Inside ``with``, the model holds the outer weights; afterwards this rank's own again."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Running figures: ``rounds``, ``bytes_sent``, ``drift``, ``seconds`` in communication and others."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank needs to go on bit-equal, beside model, optimizer and data."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the state that this rank saved."""
+        ...
+
+
+class LocalSync(Generic[T]):
+    """The agreement of a plan of the relaxed family.
+
+    ``convert`` makes a framework tensor of float32 weights.
+    """
+
+    def __init__(self, rounds: Rounds, store: Store, convert: Callable[[Float32s], T]) -> None:
+        self._convert = convert
+        self.resume(rounds, store)
+
+    def resume(self, rounds: Rounds, store: Store) -> None:
+        """Go on with other rounds, over more tensors."""
+        self._rounds = rounds
+        self._store = store
+
+    def flush(self) -> None:
+        self._rounds.flush()
+
+    def tell(self, loss: float, samples: float = 1.0) -> None:
+        self._rounds.tell(loss, samples)
+
+    def outer_weights(self) -> dict[str, T]:
+        specs = self._store.weights.specs
+        return {
+            spec.name: self._convert(weights) for spec, weights in zip(specs, self._rounds.outer_weights(), strict=True)
+        }
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        weights = self._store.weights
+        positions = range(len(weights.specs))
+        own = np.empty(sum(spec.size for spec in weights.specs), np.float32)
+        weights.read(positions, own)
+        weights.write(positions, np.concatenate([w.ravel() for w in self._rounds.outer_weights()]))
+        try:
+            yield
+        finally:
+            weights.write(positions, own)
+
+    def metrics(self) -> dict[str, float]:
+        return self._rounds.figures()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._rounds.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._rounds.load_state_dict(state)
+
+
+class SteadySync(Generic[T]):
+    """The agreement at every step: ranks hold the same weights always, and nothing is kept between steps.
+
+    ``read`` gives the weights by name.
+    """
+
+    def __init__(self, read: Callable[[], dict[str, T]]) -> None:
+        self._read = read
+
+    def flush(self) -> None:
+        """Nothing is left over."""
+
+    def tell(self, loss: float, samples: float = 1.0) -> None:
+        """Every rank counts the same at every step."""
+
+    def outer_weights(self) -> dict[str, T]:
+        return self._read()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        yield
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state:
+            raise StateError(
+                "This state belongs to a plan with rounds, and this optimizer agrees at every step. Load it into an "
+                f"optimizer with the plan {state.get('plan')}, or leave it out and load the outer weights."
+            )

@@ -1,0 +1,121 @@
+"""What ranks tell each other before a round: one row of numbers each, and what follows from all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from hvdscale.errors import DesyncError
+
+__all__ = ["Header", "Meeting", "Phase"]
+
+Float64s = npt.NDArray[np.float64]
+
+
+class Phase(IntEnum):
+    """Where a rank is when it comes to a round."""
+
+    TRAINING = 0  # between two steps
+    LEAVING = 1  # in flush(), with no more steps to make; others may have
+    FINISHING = 2  # in flush(), as everyone
+
+
+@dataclass(frozen=True)
+class Header:
+    """One rank's row.
+
+    Args:
+        round: number of the round, from 0.
+        fragment: which part of the model it is about.
+        phase: where this rank is.
+        step: steps it has made.
+        weight: samples (or steps, if nobody counts) since its last round of the fragment; a finished rank's is 0.
+        finite: its pseudo-gradient holds no NaN and no infinity.
+        square: sum of squares of the pseudo-gradient.
+        loss: mean training loss since the last round; NaN if it was not told.
+        beside: values of buffers and moments that are averaged beside the weights.
+    """
+
+    round: int
+    fragment: int
+    phase: Phase
+    step: int
+    weight: float
+    finite: bool
+    square: float
+    loss: float
+    beside: int
+
+    def row(self) -> Float64s:
+        """float64[9]."""
+        return np.array(astuple(self), np.float64)
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """All ranks' headers, ``table`` float64[ranks, 9], checked to be about the same round.
+
+    Raises:
+        DesyncError: they are not; with the same text on every rank.
+    """
+
+    table: Float64s
+    ranks: Sequence[int]
+
+    def __post_init__(self) -> None:
+        rounds, fragments, phases, steps = self.table[:, :4].T.astype(int)
+        beside = self.table[:, 8].astype(int)
+        training = steps[phases == Phase.TRAINING]
+        if max(map(len, map(set, (rounds, fragments, training)))) > 1 or Phase.FINISHING in phases[phases != phases[0]]:
+            lines = [
+                f"  rank {rank}: round {number} of fragment {fragment}, {Phase(phase).name.lower()}, after {step} steps"
+                for rank, number, fragment, phase, step in zip(
+                    self.ranks, rounds, fragments, phases, steps, strict=True
+                )
+            ]
+            raise DesyncError(
+                "Ranks came to different rounds:\n" + "\n".join(lines) + "\n"
+                "Every rank must step its optimizers in the same order, with the same plan and the same schedule. "
+                "A rank that has run out of data calls optimizer.sync.flush()."
+            )
+        if len(set(beside)) > 1:
+            lines = [f"  rank {rank}: {count} values" for rank, count in zip(self.ranks, beside, strict=True)]
+            raise DesyncError(
+                "Ranks hold different buffers or optimizer moments to average:\n" + "\n".join(lines) + "\n"
+                "Give every rank the same model, and let each make a step before the first round."
+            )
+
+    @property
+    def all_leave(self) -> bool:
+        return bool((self.table[:, 2] == Phase.LEAVING).all())
+
+    @property
+    def last_step(self) -> int:
+        return int(self.table[:, 3].max())
+
+    @property
+    def shares(self) -> Float64s:
+        """float64[ranks]: each rank's share of the mean, summing to 1, or all 0 when nobody has anything to say."""
+        votes = self.table[:, 4] * self.table[:, 5]
+        return votes / votes.sum() if votes.sum() > 0 else np.zeros_like(votes)
+
+    @property
+    def not_finite(self) -> list[int]:
+        """Ranks whose weights are not finite: they do not vote, and take what the others agree on."""
+        return [rank for rank, finite in zip(self.ranks, self.table[:, 5], strict=True) if not finite]
+
+    @property
+    def mean_square(self) -> float:
+        """The mean of the squared norms of the pseudo-gradients."""
+        return float(np.sum(self.shares * np.where(self.table[:, 5] > 0, self.table[:, 6], 0.0)))
+
+    @property
+    def loss(self) -> float:
+        """The mean loss over the samples of all ranks that told theirs; NaN if none did."""
+        told = np.isfinite(self.table[:, 7]) & (self.table[:, 4] > 0)
+        weights = self.table[told, 4]
+        return float(np.average(self.table[told, 7], weights=weights)) if told.any() else float("nan")

@@ -1,0 +1,121 @@
+"""What all plans of the relaxed family share: train alone for a while, then agree in a round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from hvdscale.errors import PlanError
+from hvdscale.sync.reduction import Reduction
+from hvdscale.sync.schedule import Adaptive, Schedule, period
+from hvdscale.sync.wire import Codec, parse_wire
+from hvdscale.update import Outer
+
+__all__ = ["Groups", "Relaxed", "State"]
+
+Groups = Literal["world", "node"]
+State = Literal["keep", "average", "reset"]
+
+_PROBES = (0, 1, 10, 100, 1000, 10000, 100000)  # steps at which ranks compare a schedule they cannot compare by value
+
+
+@dataclass(frozen=True)
+class Relaxed:
+    """Ranks train alone for ``every`` steps, then meet in a round.
+
+    Args:
+        every: steps between rounds: an int, or a schedule ``step -> int`` that says the same on every rank.
+        warmup: steps at the start in which gradients are averaged at every step.
+        wire: what a pseudo-gradient looks like on the way: ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"``, ``"int4"``
+            or ``"topk:f"``. What is lost is sent the next time (error feedback). Vectors (biases, norms) and
+            embeddings go as fp32 all the same, except in fp16 and bf16.
+        fragments: parts of the model that take turns, each every ``every`` steps.
+        overlap: steps a fragment may travel while training goes on; 0: training waits.
+        merge: what a rank does with the new anchor: ``"adopt"`` takes it, with what was learnt while it
+            travelled on top; ``"mix"`` or ``"mix:a"`` goes the fraction ``a`` (0.5) of the way to it.
+        groups: ``"world"``: ranks train alone. ``"node"``: ranks of one machine average their gradients at every
+            step, and machines meet in rounds.
+        state: the inner optimizer's moments after a round: ``"keep"`` each rank's own, ``"average"`` them,
+            or ``"reset"`` them to zero.
+
+    Raises:
+        PlanError: a value that cannot be, or two that do not go together.
+    """
+
+    every: int | Schedule
+    warmup: int = field(default=0, kw_only=True)
+    wire: str = field(default="fp32", kw_only=True)
+    fragments: int = field(default=1, kw_only=True)
+    overlap: int = field(default=0, kw_only=True)
+    merge: str = field(default="adopt", kw_only=True)
+    groups: Groups = field(default="world", kw_only=True)
+    state: State = field(default="keep", kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name, low in (("warmup", 0), ("fragments", 1), ("overlap", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise PlanError(f"{name} must be a whole number from {low}; it is {value!r}.")
+        shortest = period(self.every, self.warmup)
+        if self.overlap >= shortest:
+            raise PlanError(
+                f"A fragment must arrive before it leaves again: overlap < every, but overlap is {self.overlap} and "
+                f"every is {shortest}. Use a smaller overlap or a longer period."
+            )
+        for name, kind in (("groups", Groups), ("state", State)):
+            if getattr(self, name) not in get_args(kind):
+                names = ", ".join(map(repr, get_args(kind)))
+                raise PlanError(f"{name} is one of {names}; it is {getattr(self, name)!r}.")
+        if self.state != "keep" and self.overlap:
+            raise PlanError(
+                f'state="{self.state}" changes moments the moment ranks meet; with overlap={self.overlap} they meet '
+                'while training goes on. Use state="keep", or overlap=0.'
+            )
+        parse_wire(self.wire)
+        self.mixing  # noqa: B018 - checked where the plan is made
+
+    def outer_optimizer(self) -> Outer:
+        """How the anchor moves; each plan says."""
+        raise PlanError(f"{type(self).__name__} does not say how its anchor moves. Use LocalSGD, DiLoCo or SlowMo.")
+
+    @property
+    def codec(self) -> Codec:
+        return parse_wire(self.wire)
+
+    @property
+    def mixing(self) -> float:
+        """How much of the way to the anchor a rank goes: 1 adopts it."""
+        name, colon, rest = self.merge.partition(":") if isinstance(self.merge, str) else ("", "", "")
+        if name == "adopt" and not colon:
+            return 1.0
+        try:
+            fraction = float(rest) if colon else 0.5
+        except ValueError:
+            fraction = -1.0
+        if name != "mix" or not 0 < fraction <= 1:
+            raise PlanError(f'merge is "adopt", "mix" or "mix:a" with 0 < a <= 1; it is {self.merge!r}.')
+        return fraction
+
+    def check(self, reduction: Reduction) -> None:
+        """Raise PlanError where gradients would be reduced in a way that rounds have no meaning for."""
+        if reduction.op != "average":
+            raise PlanError(
+                f"{type(self).__name__} averages weights in rounds; op={reduction.op} of gradients does not go with "
+                "it. Use op=Average."
+            )
+        if reduction.predivide != 1.0:
+            raise PlanError(
+                f"{type(self).__name__} sends no gradients that gradient_predivide_factor={reduction.predivide} could "
+                "keep from overflowing. Leave it at 1.0; a round adds in float32."
+            )
+
+    def facts(self) -> dict[str, object]:
+        """What all ranks must agree on, by name."""
+        every: object = self.every
+        if callable(self.every):
+            every = {step: period(self.every, step) for step in _PROBES}
+            if isinstance(self.every, Adaptive):
+                every = (self.every, every)
+        names = ("warmup", "wire", "fragments", "overlap", "merge", "groups", "state")
+        said = {name: getattr(self, name) for name in names}
+        return {"plan": type(self).__name__, "every": every, **said, "outer": self.outer_optimizer()}

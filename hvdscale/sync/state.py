@@ -1,0 +1,67 @@
+"""The checkpoint of a rank's rounds: numbers that JSON holds, and float32 arrays by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from hvdscale.errors import StateError
+from hvdscale.runtime.channel import Channel
+from hvdscale.sync.relaxed import Relaxed
+from hvdscale.sync.tensors import Store
+from hvdscale.update.outer import Float32s
+
+__all__ = ["check_origin", "copy_into", "origin"]
+
+_FORMAT = "hvdscale-rounds-v1"
+
+
+def origin(plan: Relaxed, store: Store, channel: Channel) -> dict[str, Any]:
+    """What a state must share with the rounds it is loaded into."""
+    return {
+        "format": _FORMAT,
+        "rank": channel.rank,
+        "ranks": channel.size,
+        "plan": {name: str(value) for name, value in plan.facts().items()},
+        "tensors": [[spec.name, list(spec.shape), spec.dtype] for spec in store.weights.specs],
+    }
+
+
+def check_origin(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Raise StateError at the first thing in which a saved state is another's."""
+    for name, value in mine.items():
+        saved = state.get(name)
+        if saved != value:
+            saved, value = _first_difference(saved, value)
+            raise StateError(
+                f"This state of optimizer.sync belongs to other rounds: its {name} is {saved!r}, here it is {value!r}. "
+                "Load the state this rank saved, with the same model, plan and number of ranks; to change any of "
+                "them, load only the outer weights into the model and start new rounds."
+            )
+
+
+def _first_difference(saved: Any, value: Any) -> tuple[Any, Any]:
+    if isinstance(saved, Mapping) and isinstance(value, Mapping):
+        for key in value:
+            if saved.get(key) != value[key]:
+                return f"{key}={saved.get(key)}", f"{key}={value[key]}"
+    if isinstance(saved, list) and isinstance(value, list):
+        for theirs, ours in zip(saved, value, strict=False):
+            if theirs != ours:
+                return theirs, ours
+        return f"{len(saved)} long", f"{len(value)} long"
+    return saved, value
+
+
+def copy_into(arrays: Mapping[str, Float32s], name: str, target: Float32s) -> None:
+    """Copy the saved array ``name`` into ``target``.
+
+    Raises:
+        StateError: it is missing, or of another size.
+    """
+    if name not in arrays or np.shape(arrays[name]) != target.shape:
+        found = f"shape {np.shape(arrays[name])}" if name in arrays else "not there"
+        raise StateError(f"The state of optimizer.sync holds an array {name!r} of shape {target.shape}; it is {found}.")
+    target[...] = arrays[name]

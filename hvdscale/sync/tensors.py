@@ -1,0 +1,88 @@
+"""What a round asks of a framework: reading tensors into float32 vectors and writing them back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from hvdscale.update.outer import Float32s
+
+__all__ = ["NoTensors", "Store", "TensorSpec", "Tensors"]
+
+Role = Literal["weight", "embedding", "mean", "variance", "moment"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor, the same on every rank.
+
+    ``role``: ``"weight"``, ``"embedding"`` (goes uncompressed), ``"mean"`` and ``"variance"`` (running statistics of
+    one batch normalisation, in this order one after the other), or ``"moment"`` (of the inner optimizer).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    role: Role = "weight"
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+class Tensors(Protocol):
+    """An ordered list of a framework's floating-point tensors; the verbs an adapter supplies."""
+
+    @property
+    def specs(self) -> Sequence[TensorSpec]: ...
+
+    def read(self, positions: Sequence[int], out: Float32s) -> None:
+        """Copy the tensors at ``positions``, flattened one after the other, into float32[n]."""
+        ...
+
+    def write(self, positions: Sequence[int], values: Float32s) -> None:
+        """Copy float32[n] into the tensors at ``positions``, in place and rounded to their dtype."""
+        ...
+
+
+class Store(Protocol):
+    """Everything of one optimizer's model that rounds touch."""
+
+    @property
+    def weights(self) -> Tensors:
+        """Trainable parameters, tied ones once."""
+        ...
+
+    @property
+    def buffers(self) -> Tensors:
+        """Floating-point state that no gradient reaches, such as running statistics."""
+        ...
+
+    def moments(self, positions: Sequence[int]) -> Tensors:
+        """The inner optimizer's moments of the weights at ``positions``; the same list on every rank.
+
+        A moment the optimizer has not made yet reads as zero.
+        """
+        ...
+
+    def forget_moments(self, positions: Sequence[int]) -> None:
+        """The inner optimizer goes on with the weights at ``positions`` as if it had just been made."""
+        ...
+
+    def lr(self) -> float:
+        """The inner learning rate now."""
+        ...
+
+
+class NoTensors:
+    """An empty list."""
+
+    specs: tuple[TensorSpec, ...] = ()
+
+    def read(self, positions: Sequence[int], out: Float32s) -> None:
+        pass
+
+    def write(self, positions: Sequence[int], values: Float32s) -> None:
+        pass

@@ -1,0 +1,176 @@
+"""Training with rounds equals the float64 oracle on a small network, whatever the plan and the inner optimizer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hvdscale.sync import DiLoCo, LocalSGD, Relaxed, SlowMo
+from tests.contract.driver import ContractDriver
+from tests.contract.oracle import Weights, batches, gradients, initial_weights
+from tests.relaxed_oracle import Adam, Momentum, trajectory
+
+STEPS = 13
+PLACES = (0, 15, 20, 25, 26)  # where the oracle's W1, b1, W2, b2 begin and end in one flat vector
+FRAGMENTS = {1: [slice(0, 26)], 2: [slice(0, 15), slice(15, 26)]}
+INNER: dict[str, Any] = {"sgd": Momentum, "momentum": lambda: Momentum(mu=0.9), "adam": Adam}
+NESTEROV = ("nesterov", 0.7, 0.9)
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    plan: Relaxed
+    settings: dict[str, Any] = field(default_factory=dict)  # the oracle's, as far as they differ from its defaults
+
+
+CASES = [
+    Case("local SGD", LocalSGD(4)),
+    Case("every step", LocalSGD(1)),
+    Case("warm-up", LocalSGD(4, warmup=5), {"warmup": 5}),
+    Case("elastic averaging", LocalSGD(4, merge="mix:0.3"), {"mixing": 0.3}),
+    Case("DiLoCo", DiLoCo(4), {"outer": NESTEROV}),
+    Case("SlowMo", SlowMo(4, lr=0.8, momentum=0.6), {"outer": ("slow", 0.8, 0.6)}),
+    Case("overlap", LocalSGD(4, overlap=2), {"overlap": 2}),
+    Case("streaming DiLoCo", DiLoCo(5, fragments=2, overlap=2), {"outer": NESTEROV, "overlap": 2}),
+    Case("averaged moments", LocalSGD(4, state="average"), {"average_moments": True}),
+]
+
+
+def flat(weights: Weights) -> np.ndarray:
+    return np.concatenate([w.ravel() for w in weights])
+
+
+def nested(vector: np.ndarray) -> Weights:
+    shapes = [w.shape for w in initial_weights()]
+    return [vector[a:b].reshape(s) for a, b, s in zip(PLACES, PLACES[1:], shapes, strict=False)]
+
+
+def expected(case: Case, kind: str, ranks: int, flush: bool) -> np.ndarray:
+    """[ranks, 26]"""
+    every = case.plan.every
+    assert isinstance(every, int)
+    data = [batches(STEPS, rank) for rank in range(ranks)]
+    functions = [lambda x, step, own=own: flat(gradients(nested(x), own[step])) for own in data]
+    pieces = FRAGMENTS[case.plan.fragments]
+    return trajectory(
+        functions, flat(initial_weights()), pieces, STEPS, every, INNER[kind], flush=flush, **case.settings
+    )
+
+
+@pytest.mark.parametrize("kind", INNER)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_follows_the_oracle(driver: ContractDriver, rank: int, size: int, case: Case, kind: str) -> None:
+    model = driver.model(initial_weights())
+    optimizer = driver.distribute(driver.optimizer(kind, model), model, sync=case.plan)
+    driver.train(model, optimizer, batches(STEPS, rank))
+    before = expected(case, kind, size, flush=False)
+    np.testing.assert_allclose(flat(driver.weights(model)), before[rank], atol=2e-5, err_msg="before the flush")
+    optimizer.sync.flush()
+    after = expected(case, kind, size, flush=True)
+    np.testing.assert_allclose(flat(driver.weights(model)), after[rank], atol=2e-5, err_msg="after the flush")
+    everyone = driver.everyones(flat(driver.weights(model)))
+    assert (everyone == everyone[0]).all(), "ranks hold different weights after a flush"
+
+
+@pytest.mark.parametrize("wire", ["fp16", "bf16", "int8", "int4", "topk:0.5"])
+def test_a_narrow_wire_ends_near_the_wide_one(driver: ContractDriver, rank: int, size: int, wire: str) -> None:
+    ends = []
+    for plan in (DiLoCo(3), DiLoCo(3, wire=wire)):
+        model = driver.model(initial_weights())
+        optimizer = driver.distribute(driver.optimizer("sgd", model), model, sync=plan)
+        driver.train(model, optimizer, batches(STEPS, rank))
+        optimizer.sync.flush()
+        ends.append(flat(driver.weights(model)))
+    moved = np.abs(ends[0] - flat(initial_weights())).max()
+    assert np.abs(ends[1] - ends[0]).max() < 0.3 * moved
+    everyone = driver.everyones(ends[1])
+    assert (everyone == everyone[0]).all()
+
+
+@pytest.mark.parametrize("stop", [5, 6])
+def test_killed_and_resumed_is_bit_equal(driver: ContractDriver, rank: int, size: int, stop: int) -> None:
+    """Half-way through a period, and with a fragment on its way."""
+    plan = DiLoCo(4, overlap=2, wire="int8")
+
+    def fresh() -> tuple[Any, Any]:
+        model = driver.model(initial_weights())
+        return model, driver.distribute(driver.optimizer("sgd", model), model, sync=plan)
+
+    data = batches(STEPS, rank)
+    model, optimizer = fresh()
+    driver.train(model, optimizer, data)
+    whole = flat(driver.weights(model))
+    model, optimizer = fresh()
+    driver.train(model, optimizer, data[:stop])
+    saved, weights = optimizer.sync.state_dict(), driver.weights(model)
+    numbers = json.loads(json.dumps({name: value for name, value in saved.items() if name != "arrays"}))
+    model, optimizer = fresh()
+    driver.set_weights(model, weights)
+    optimizer.sync.load_state_dict({**numbers, "arrays": saved["arrays"]})
+    driver.train(model, optimizer, data[stop:])
+    np.testing.assert_array_equal(flat(driver.weights(model)), whole)
+
+
+def test_outer_weights_are_the_shared_ones(driver: ContractDriver, rank: int, size: int) -> None:
+    model = driver.model(initial_weights())
+    optimizer = driver.distribute(driver.optimizer("sgd", model), model, sync=LocalSGD(4))
+    driver.train(model, optimizer, batches(6, rank))
+    own = flat(driver.weights(model))
+    with optimizer.sync.evaluating():
+        shared = flat(driver.weights(model))
+    np.testing.assert_array_equal(flat(driver.weights(model)), own)
+    everyone = driver.everyones(shared)
+    assert (everyone == everyone[0]).all()
+    if size > 1:
+        assert np.abs(shared - own).max() > 1e-3
+    listed = np.sort(np.concatenate([np.ravel(driver.numpy(w)) for w in optimizer.sync.outer_weights().values()]))
+    np.testing.assert_array_equal(listed, np.sort(shared))
+
+
+def test_metrics_count_rounds_and_bytes(driver: ContractDriver, rank: int, size: int) -> None:
+    model = driver.model(initial_weights())
+    optimizer = driver.distribute(driver.optimizer("sgd", model), model, sync=LocalSGD(4))
+    for step, batch in enumerate(batches(STEPS, rank)):
+        optimizer.sync.tell(loss=float(step), samples=8)
+        driver.train(model, optimizer, [batch])
+    metrics = optimizer.sync.metrics()
+    assert metrics["rounds"] == 3
+    assert metrics["steps"] == STEPS
+    assert metrics["loss"] == np.mean([8, 9, 10, 11])
+    payload = 26 * 4
+    assert metrics["bytes_sent"] == 3 * (2 * (size - 1) * payload // size + (size - 1) * 72)
+    assert (metrics["drift"] > 0) == (size > 1)
+
+
+def start_training(driver: ContractDriver, **arguments: Any) -> None:
+    """What is wrong with a plan is said when the optimizer is wrapped or, in Keras, when it meets its variables."""
+    model = driver.model(initial_weights())
+    optimizer = driver.distribute(driver.optimizer("sgd", model), model, **arguments)
+    driver.train(model, optimizer, batches(1, 0))
+
+
+def test_ranks_with_different_plans_are_told(driver: ContractDriver, rank: int, size: int) -> None:
+    if size == 1:
+        return
+    with pytest.raises(driver.hvd.DesyncError, match="every = 5"):
+        start_training(driver, sync=LocalSGD(4 + (rank == size - 1)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        ({"sync": LocalSGD(4, fragments=9)}, "at most 4 fragments"),
+        ({"sync": LocalSGD(4), "op": "Sum"}, "op=Average"),
+        ({"sync": LocalSGD(4), "gradient_predivide_factor": 2.0}, "gradient_predivide_factor"),
+    ],
+    ids=["fragments", "op", "predivide"],
+)
+def test_a_plan_that_cannot_be_is_refused(driver: ContractDriver, arguments: dict[str, Any], rule: str) -> None:
+    given = {name: getattr(driver.hvd, value) if name == "op" else value for name, value in arguments.items()}
+    with pytest.raises(driver.hvd.PlanError, match=rule):
+        start_training(driver, **given)

@@ -1,0 +1,54 @@
+"""NumPy arrays as the framework of a round: the store the core is tested with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from hvdscale.sync.tensors import NoTensors, Tensors, TensorSpec
+
+Array = np.ndarray[Any, Any]
+
+
+class NumPyTensors:
+    """Arrays by name. float16 ones are read and written as float32."""
+
+    def __init__(self, arrays: dict[str, Array], roles: dict[str, Any] | None = None) -> None:
+        self._arrays = list(arrays.values())
+        self.specs = [
+            TensorSpec(name, array.shape, str(array.dtype), (roles or {}).get(name, "weight"))
+            for name, array in arrays.items()
+        ]
+
+    def read(self, positions: Sequence[int], out: Array) -> None:
+        out[:] = np.concatenate([np.zeros(0, np.float32), *(self._arrays[p].ravel() for p in positions)])
+
+    def write(self, positions: Sequence[int], values: Array) -> None:
+        start = 0
+        for p in positions:
+            array = self._arrays[p]
+            array[...] = values[start : start + array.size].reshape(array.shape)
+            start += array.size
+
+
+@dataclass
+class NumPyStore:
+    """The store of one rank of a test."""
+
+    weights: Tensors
+    buffers: Tensors = field(default_factory=NoTensors)
+    moment: Tensors = field(default_factory=NoTensors)
+    rate: float = 0.1
+
+    def moments(self, positions: Sequence[int]) -> Tensors:
+        return self.moment
+
+    def forget_moments(self, positions: Sequence[int]) -> None:
+        everything = range(len(self.moment.specs))
+        self.moment.write(everything, np.zeros(sum(spec.size for spec in self.moment.specs), np.float32))
+
+    def lr(self) -> float:
+        return self.rate

@@ -1,0 +1,274 @@
+"""Promises of the rounds, on ranks in one process: every plan follows the float64 oracle, and its identities hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hvdscale.errors import DesyncError, StateError
+from hvdscale.runtime.channel import TransportChannel
+from hvdscale.runtime.transport import SoloTransport, Transport, run_loopback
+from hvdscale.sync import DiLoCo, LocalSGD, Relaxed, Rounds, SlowMo
+from hvdscale.update import Nesterov
+from tests.core.numpy_store import NumPyStore, NumPyTensors
+from tests.core.quadratic import FRAGMENTS, SHAPES, Quadratic, start
+from tests.relaxed_oracle import Momentum, trajectory
+
+LR = 0.1
+
+
+class Trainer:
+    """One rank: its own quadratic, gradient descent with momentum in float32, and the rounds of ``plan``."""
+
+    def __init__(self, plan: Relaxed, transport: Transport, momentum: float = 0.0, dtype: Any = np.float32) -> None:
+        self.rank, self._momentum = transport.rank, momentum
+        self._transport = transport
+        flat, places = start(), np.cumsum([0, 30, 7, 12])
+        self.arrays = {
+            name: flat[a:b].reshape(shape).astype(dtype)
+            for (name, shape), a, b in zip(SHAPES.items(), places, places[1:], strict=False)
+        }
+        self.velocity = {name: np.zeros(array.shape, np.float32) for name, array in self.arrays.items()}
+        self._problem = Quadratic.of(self.rank)
+        store = NumPyStore(NumPyTensors(self.arrays), moment=NumPyTensors(self.velocity), rate=LR)
+        self.rounds = Rounds(plan, store, TransportChannel(transport))
+
+    def flat(self) -> np.ndarray:
+        return np.concatenate([array.ravel() for array in self.arrays.values()]).astype(np.float64)
+
+    def train(self, steps: int) -> None:
+        for _ in range(steps):
+            self.rounds.before_step()
+            gradient = self._problem.gradient(self.flat())
+            if self.rounds.warming_up:
+                gradients = [np.frombuffer(g) for g in self._transport.allgather(gradient.tobytes())]
+                gradient = np.mean(gradients, axis=0)
+            at = 0
+            for name, array in self.arrays.items():
+                piece = gradient[at : at + array.size].reshape(array.shape)
+                at += array.size
+                self.velocity[name] *= self._momentum
+                self.velocity[name] += piece
+                array -= (LR * self.velocity[name]).astype(array.dtype)
+            self.rounds.after_step()
+
+
+def on_ranks(ranks: int, body: Callable[[Transport], Any]) -> list[Any]:
+    results = run_loopback(ranks, body)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
+
+
+def train(plan: Relaxed, ranks: int = 3, steps: int = 23, momentum: float = 0.0, flush: bool = True) -> np.ndarray:
+    """Weights of every rank, [ranks, 49]."""
+
+    def body(transport: Transport) -> np.ndarray:
+        trainer = Trainer(plan, transport, momentum)
+        trainer.train(steps)
+        if flush:
+            trainer.rounds.flush()
+        return trainer.flat()
+
+    return np.stack(on_ranks(ranks, body))
+
+
+NESTEROV = ("nesterov", 0.7, 0.9)
+PLANS: list[tuple[Relaxed, dict[str, Any]]] = [
+    (LocalSGD(1), {"every": 1}),
+    (LocalSGD(4), {"every": 4}),
+    (LocalSGD(5, warmup=6), {"every": 5, "warmup": 6}),
+    (LocalSGD(4, merge="mix:0.3"), {"every": 4, "mixing": 0.3}),
+    (LocalSGD(4, fragments=3), {"every": 4, "fragments": 3}),
+    (LocalSGD(4, overlap=2), {"every": 4, "overlap": 2}),
+    (LocalSGD(6, fragments=2, overlap=2), {"every": 6, "fragments": 2, "overlap": 2}),
+    (LocalSGD(6, fragments=2, overlap=2, merge="mix"), {"every": 6, "fragments": 2, "overlap": 2, "mixing": 0.5}),
+    (DiLoCo(4), {"every": 4, "outer": NESTEROV}),
+    (DiLoCo(4, fragments=2), {"every": 4, "outer": NESTEROV, "fragments": 2}),
+    (DiLoCo(5, fragments=3, overlap=3), {"every": 5, "outer": NESTEROV, "fragments": 3, "overlap": 3}),
+    (LocalSGD(4, outer=Nesterov(0.5, 0.3)), {"every": 4, "outer": ("nesterov", 0.5, 0.3)}),
+    (SlowMo(4, lr=0.8, momentum=0.6), {"every": 4, "outer": ("slow", 0.8, 0.6)}),
+    (SlowMo(3, warmup=4), {"every": 3, "outer": ("slow", 1.0, 0.5), "warmup": 4}),
+    (LocalSGD(4, state="average"), {"every": 4, "average_moments": True}),
+]
+
+
+@pytest.mark.parametrize("flush", [True, False], ids=["flushed", "as it is"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize(("plan", "settings"), PLANS, ids=lambda value: repr(value)[:90])
+def test_every_plan_follows_the_oracle(plan: Relaxed, settings: dict[str, Any], momentum: float, flush: bool) -> None:
+    settings = dict(settings)
+    pieces, gradients = FRAGMENTS[settings.pop("fragments", 1)], [Quadratic.of(rank).gradient for rank in range(3)]
+    every, inner = settings.pop("every"), lambda: Momentum(LR, momentum)
+    expected = trajectory(gradients, start(), pieces, 23, every, inner, flush=flush, **settings)
+    np.testing.assert_allclose(train(plan, momentum=momentum, flush=flush), expected, atol=2e-6)
+
+
+IDENTITIES = [
+    ("a round every step is gradient averaging", LocalSGD(1), LocalSGD(100, warmup=23), 0.0),
+    ("so it is with averaged momentum", LocalSGD(1, state="average"), LocalSGD(100, warmup=23), 0.9),
+    ("DiLoCo with lr 1 and no momentum is local SGD", DiLoCo(4, outer_lr=1, outer_momentum=0), LocalSGD(4), 0.9),
+    ("SlowMo without momentum is local SGD", SlowMo(4, momentum=0), LocalSGD(4), 0.9),
+    ("mixing all the way is adopting", LocalSGD(4, merge="mix:1"), LocalSGD(4), 0.9),
+]
+
+
+@pytest.mark.parametrize(("one", "other", "momentum"), [row[1:] for row in IDENTITIES], ids=[r[0] for r in IDENTITIES])
+def test_identity(one: Relaxed, other: Relaxed, momentum: float) -> None:
+    np.testing.assert_allclose(train(one, momentum=momentum), train(other, momentum=momentum), atol=1e-6)
+
+
+@pytest.mark.parametrize("plan", [plan for plan, _ in PLANS], ids=lambda plan: repr(plan)[:90])
+def test_after_a_flush_every_rank_holds_the_same_bits(plan: Relaxed) -> None:
+    weights = train(plan, ranks=4, momentum=0.9)
+    assert all(np.array_equal(weights[0], theirs) for theirs in weights)
+
+
+def test_a_second_flush_sends_headers_only() -> None:
+    def body(transport: Transport) -> tuple[int, bool, np.ndarray, np.ndarray]:
+        trainer = Trainer(DiLoCo(4), transport)
+        trainer.train(6)
+        trainer.rounds.flush()
+        weights, sent = trainer.flat(), trainer.rounds.bytes_sent
+        changed = trainer.rounds.flush()
+        return trainer.rounds.bytes_sent - sent, changed, weights, trainer.flat()
+
+    for sent, changed, before, after in on_ranks(3, body):
+        assert not changed
+        assert sent == 2 * 2 * 72  # two headers to two peers
+        np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize("overlap", [0, 2])
+def test_ranks_that_finish_early_are_waited_for(overlap: int) -> None:
+    """Ranks make 10, 13 and 22 steps: the mean at each round counts those that trained since, by their steps."""
+
+    def body(transport: Transport) -> tuple[np.ndarray, int, int]:
+        trainer = Trainer(LocalSGD(4, overlap=overlap), transport)
+        trainer.train((10, 13, 22)[transport.rank])
+        trainer.rounds.flush()
+        trainer.train(4)  # and training goes on together
+        return trainer.flat(), trainer.rounds.step, trainer.rounds.metrics.rounds
+
+    results = on_ranks(3, body)
+    assert [step for _, step, _ in results] == [26, 26, 26]
+    assert len({rounds for _, _, rounds in results}) == 1
+    if not overlap:
+        assert all(np.array_equal(results[0][0], weights) for weights, _, _ in results)
+
+
+def test_samples_weigh() -> None:
+    """A rank that read three times the samples counts three times."""
+
+    def body(transport: Transport) -> tuple[np.ndarray, float]:
+        trainer = Trainer(LocalSGD(100), transport)
+        trainer.rounds.before_step()
+        for array in trainer.arrays.values():
+            array += transport.rank
+        trainer.rounds.tell(loss=4.0 * transport.rank, samples=16 + 32 * transport.rank)
+        trainer.rounds.after_step()
+        trainer.rounds.flush()
+        return trainer.flat(), trainer.rounds.metrics.loss
+
+    for weights, loss in on_ranks(2, body):
+        np.testing.assert_allclose(weights, start() + 0.75, rtol=1e-6)
+        assert loss == 3.0
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_a_rank_with_nan_does_not_vote_and_recovers(overlap: int) -> None:
+    def body(transport: Transport) -> tuple[np.ndarray, int]:
+        trainer = Trainer(LocalSGD(3, overlap=overlap), transport)
+        trainer.train(2)
+        if transport.rank == 1:
+            trainer.arrays["b"][0] = np.nan
+        trainer.train(2)
+        trainer.rounds.flush()
+        return trainer.flat(), trainer.rounds.metrics.not_finite
+
+    results = on_ranks(3, body)
+    for weights, not_finite in results:
+        assert np.isfinite(weights).all()
+        np.testing.assert_array_equal(weights, results[0][0])
+        assert not_finite >= 1
+
+
+def test_when_no_rank_is_finite_nobody_moves() -> None:
+    def body(transport: Transport) -> np.ndarray:
+        trainer = Trainer(DiLoCo(2), transport)
+        trainer.train(1)
+        trainer.arrays["b"][:] = np.inf
+        trainer.rounds.after_step()
+        return np.concatenate([w.ravel() for w in trainer.rounds.outer_weights()])
+
+    for anchor in on_ranks(2, body):
+        np.testing.assert_array_equal(anchor, start().astype(np.float32))
+
+
+def test_ranks_at_different_rounds_are_told_so() -> None:
+    def body(transport: Transport) -> None:
+        trainer = Trainer(LocalSGD(2 + transport.rank, fragments=2), transport)
+        trainer.train(4)
+
+    results = run_loopback(2, body)
+    assert all(isinstance(result, DesyncError) for result in results)
+    assert "rank 0: round 0 of fragment 0, training, after 1 steps" in str(results[0])
+    assert len({str(result) for result in results}) == 1
+
+
+def test_weights_kept_in_half_precision_do_not_pull_the_anchor() -> None:
+    """A rank that learns nothing says nothing: what rounding to float16 lost is not taken for learning."""
+
+    def body(transport: Transport) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        trainer = Trainer(DiLoCo(2, outer_momentum=0), transport, dtype=np.float16)
+        trainer.train(2)
+        before = np.concatenate([w.ravel() for w in trainer.rounds.outer_weights()])
+        for _ in range(20):
+            trainer.rounds.after_step()  # a step that moved nothing
+        return before, np.concatenate([w.ravel() for w in trainer.rounds.outer_weights()]), trainer.flat()
+
+    for before, after, weights in on_ranks(2, body):
+        np.testing.assert_allclose(after, before, atol=1e-7)
+        assert np.abs(after - weights).max() > 1e-5, "the anchor has more bits than the weights"
+
+
+@pytest.mark.parametrize("stop", [3, 6, 7, 9, 16])
+@pytest.mark.parametrize("plan", [plan for plan, _ in PLANS], ids=lambda plan: repr(plan)[:90])
+def test_killed_at_any_step_and_resumed_is_bit_equal_to_uninterrupted(plan: Relaxed, stop: int) -> None:
+    def interrupted(transport: Transport) -> np.ndarray:
+        trainer = Trainer(plan, transport, 0.9)
+        trainer.train(stop)
+        saved = trainer.rounds.state_dict()
+        numbers = json.dumps({name: value for name, value in saved.items() if name != "arrays"})
+        resumed = Trainer(plan, transport, 0.9)
+        for name, array in trainer.arrays.items():
+            resumed.arrays[name][...] = array
+            resumed.velocity[name][...] = trainer.velocity[name]
+        resumed.rounds.load_state_dict({**json.loads(numbers), "arrays": saved["arrays"]})
+        resumed.train(23 - stop)
+        return resumed.flat()
+
+    np.testing.assert_array_equal(np.stack(on_ranks(2, interrupted)), train(plan, 2, momentum=0.9, flush=False))
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        (lambda state: {**state, "rank": 1}, "its rank is 1, here it is 0"),
+        (lambda state: {**state, "format": "x"}, "its format is 'x'"),
+        (lambda state: {**state, "plan": {**state["plan"], "every": "9"}}, "plan is 'every=9', here it is 'every=4'"),
+        (lambda state: {**state, "tensors": state["tensors"][1:]}, r"tensors is \['b', \[7\], 'float32'\], here"),
+        (lambda state: {**state, "arrays": {}}, "array '0.anchor' of shape \\(49,\\); it is not there"),
+    ],
+    ids=["rank", "format", "plan", "tensors", "arrays"],
+)
+def test_the_state_of_other_rounds_is_refused(change: Callable[[Any], Any], rule: str) -> None:
+    trainer = Trainer(LocalSGD(4), SoloTransport())
+    trainer.train(5)
+    with pytest.raises(StateError, match=rule):
+        trainer.rounds.load_state_dict(change(trainer.rounds.state_dict()))
