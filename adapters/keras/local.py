@@ -85,5 +85,5 @@ class LocalTraining:
         try:
             self._rounds.after_step()
         finally:
-            values = self._store.unstage()
-        return [np.ascontiguousarray(value) for value in values]
+            results = self._store.unstage()
+        return [np.ascontiguousarray(result) for result in results]

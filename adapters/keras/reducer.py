@@ -206,7 +206,7 @@ class Reducer:
             return self._reduced(gradients, variables)
         if not local.has_warmup or self.suspended:
             return list(gradients)
-        return verbs.only_if(local.warming_up, lambda g: self._reduced(g, variables), list(gradients))  # type: ignore[no-any-return]
+        return verbs.only_if(local.warming_up, lambda g: self._reduced(g, variables), list(gradients))
 
     def after_step(self) -> None:
         """The optimizer has made a step, or left it out."""

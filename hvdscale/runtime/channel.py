@@ -210,7 +210,8 @@ class HorovodChannel:
 
     def swap(self, data: Bytes, to: int, source: int) -> Bytes:
         # Horovod has no point-to-point message: everyone's data, of which one row is wanted.
-        return self.allgather(data)[source]
+        theirs: Bytes = self.allgather(data)[source]
+        return theirs
 
     def subset(self, ranks: Sequence[int]) -> Channel:
         if self._narrow is None:
@@ -259,7 +260,7 @@ class TransportChannel:
         return self._transport.allgather(array.tobytes())
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Ranks:
     """A set of ranks as a transport asks for it."""
 

@@ -137,7 +137,7 @@ class MPITransport:
         self._comm.Allgatherv([data, MPI.BYTE], [everything, lengths.tolist(), offsets[:-1].tolist(), MPI.BYTE])
         return [bytes(everything[a:b]) for a, b in pairwise(offsets)]
 
-    def subset(self, process_set: RankSet) -> Transport:
+    def subset(self, process_set: RankSet) -> MPITransport:
         key = tuple(process_set.ranks or ())
         if not key or len(key) == self.size:
             return self
