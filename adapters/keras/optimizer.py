@@ -54,6 +54,8 @@ def DistributedOptimizer(
     update. A saved model holds the plain optimizer: ``keras.models.load_model`` reads it, and
     ``hvdscale.keras.load_model`` distributes it again. A gradient that only some ranks compute counts as zeros on
     the others; which variables have gradients, and which of those are sparse, is agreed upon at the first step.
+    A gradient that no rank had then is refused when it comes, by the ranks that have it, which ends the job: ranks
+    do not ask each other at every step. Let every variable that is ever trained take part in the first step.
 
     Args:
         optimizer: any Keras 3 optimizer, also one that is built or compiled into a model already.
@@ -78,7 +80,8 @@ def DistributedOptimizer(
             Seed generators are not: dropout differs from rank to rank.
 
     Raises:
-        PlanError: not a Keras optimizer, distributed already, or arguments that cannot be.
+        PlanError: not a Keras optimizer, distributed already, or arguments that cannot be; in a later step, a gradient
+            that no rank had at the first.
         DesyncError: at the first step, when ranks differ in variables, optimizer, plan or versions; at once,
             when only some have built ``model``.
     """

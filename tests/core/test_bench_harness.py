@@ -1,19 +1,16 @@
-"""The bench harness: interleaving, medians, ratios, targets, JSON; and launches that fail, hang or do not agree."""
+"""The bench harness: interleaving, medians, ratios, targets, JSON."""
 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from ci.bench.allreduce_links import limit_seconds
 from ci.bench.harness import (
-    BenchError,
     Process,
     Results,
     Target,
@@ -22,7 +19,6 @@ from ci.bench.harness import (
     as_json,
     finish,
     interleave,
-    run_once,
 )
 from ci.bench.local import local_variants, settings_to_try
 from ci.bench.workers.ranks import digest, median_seconds
@@ -30,17 +26,6 @@ from ci.bench.workers.ranks import digest, median_seconds
 LIMIT = Variant("limit", "limit", fixed={"step": 1.0})
 PEER = Variant("peer", "peer", fixed={"step": 3.0})
 OURS = Variant("ours", "ours", fixed={"step": 1.25})
-
-
-def python(code: str, **env: str) -> Process:
-    return Process((sys.executable, "-c", code), env)
-
-
-def leaving(*steps: float, weights: Sequence[str | None] | None = None) -> Variant:
-    """A variant whose rank r leaves the result ``steps[r]`` and ``weights[r]``."""
-    code = "from ci.bench.workers.ranks import leave_result; leave_result({}, {!r}, step={})"
-    processes = (python(code.format(r, weights[r] if weights else None, s)) for r, s in enumerate(steps))
-    return Variant("ours", "ours", len(steps), tuple(processes))
 
 
 def test_variants_take_turns_and_medians_are_over_rounds() -> None:
@@ -105,61 +90,6 @@ def test_the_table_and_the_json_hold_medians_and_ratios(tmp_path: Path, capsys: 
     assert ours["samples_seconds"] == [0.5, 2.0, 1.25]
     assert (ours["median_seconds"], ours["over_limit"], ours["over_ours"]) == (1.25, 1.25, 1.0)
     assert written["targets"] == [{"metric": "step", "against": "peer", "reached": 2.4, "at_least": 2.0, "met": True}]
-
-
-def test_a_launch_counts_as_its_slowest_rank() -> None:
-    assert run_once(leaving(0.25, 0.5), 30) == {"step": 0.5}
-
-
-@pytest.mark.parametrize(
-    ("variant", "says"),
-    [
-        (leaving(0.25, 0.5, weights=("a", "b")), "different weights"),
-        (Variant("mute", "ours", 1, (python("pass"),)), "0 ranks left a result, 1 must"),
-        (
-            Variant("broken", "ours", 1, (python("raise SystemExit('no such model')"),)),
-            r"(?s)ended with \[1\].*no such model",
-        ),
-    ],
-    ids=["disagrees", "mute", "broken"],
-)
-def test_a_launch_that_does_not_do_its_work_is_an_error(variant: Variant, says: str) -> None:
-    with pytest.raises(BenchError, match=says):
-        run_once(variant, 30)
-
-
-def test_a_launch_past_its_deadline_is_killed_with_its_children(tmp_path: Path) -> None:
-    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SLEEP.format(str(tmp_path / 'pid'))!r}])"
-    start = time.monotonic()
-    with pytest.raises(BenchError, match="ran past its deadline of 3 s"):
-        run_once(Variant("slow", "ours", 1, (python(child),)), 3)
-    assert time.monotonic() - start < 20
-    pid = int((tmp_path / "pid").read_text())
-    end = time.monotonic() + 5
-    while _lives(pid) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not _lives(pid)
-
-
-SLEEP = "import os, time; open({!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return False
-
-
-def test_a_launch_starts_clean_of_an_outer_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
-    monkeypatch.setenv("HOROVOD_CYCLE_TIME", "9")
-    code = (
-        "import os; from ci.bench.workers.ranks import leave_result;"
-        "names = {'OMPI_COMM_WORLD_RANK', 'HOROVOD_CYCLE_TIME', 'MINE'};"
-        "leave_result(0, step=len(names & set(os.environ)))"
-    )
-    assert run_once(Variant("ours", "ours", 1, (python(code, MINE="1"),)), 30) == {"step": 1}
 
 
 @pytest.mark.parametrize("processes", [(), (Process(("true",)),)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -88,8 +87,8 @@ def test_errors_are_one_message(
     assert message in capsys.readouterr().err
 
 
-def test_help_shows_examples() -> None:
-    shown = subprocess.run(
-        [sys.executable, "-m", "hvdscale", "shards", "--help"], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert "hvdscale shards keys.txt --shards 64 --resize 65" in shown.stdout
+def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["shards", "--help"])
+    assert end.value.code == 0
+    assert "hvdscale shards keys.txt --shards 64 --resize 65" in capsys.readouterr().out

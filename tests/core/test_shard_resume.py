@@ -50,7 +50,7 @@ class Run:
         return epochs
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data(), policy=st.sampled_from(POLICIES), tail=st.sampled_from(["exact", "pad"]))
 def test_every_sample_of_every_epoch_is_read_once(data: st.DataObject, policy: str, tail: str) -> None:
     n = data.draw(st.integers(0, 90), "n")

@@ -1,0 +1,115 @@
+"""What shows only in a process of its own: what imports load and say, and how the command line ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.core.test_imports import FRAMEWORKS, modules, name_of
+
+
+def test_import_of_the_package_is_light() -> None:
+    """How long it takes is shown by ci/bench/overhead."""
+    code = "import sys; before = set(sys.modules)\nimport hvdscale\nprint(*set(sys.modules) - before)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in shown.stdout.split()}
+    assert loaded - set(sys.stdlib_module_names) == {"hvdscale"}
+
+
+def test_import_of_the_whole_core_loads_no_framework() -> None:
+    names = [name_of(path).removesuffix(".py").replace("/", ".") for path in modules("hvdscale")]
+    names = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
+    code = (
+        "import importlib, json, sys\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not FRAMEWORKS & set(json.loads(shown.stdout))
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys, json\n"
+        "from hvdscale.cli.main import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loaded = set(json.loads(shown.stdout.splitlines()[-1]))
+    assert "hvdscale.cli.main" in loaded
+    assert not {"torch", "tensorflow", "keras", "horovod", "mpi4py", "numpy", "rich"} & loaded
+
+
+def test_an_error_of_the_system_is_one_message(tmp_path: Path) -> None:
+    """A cache that cannot be made: its parent is a file."""
+    (tmp_path / "file").touch()
+    shown = subprocess.run(
+        [sys.executable, "-m", "hvdscale", "build-horovod"],
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "file")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert shown.returncode == 1
+    assert shown.stderr.startswith("hvdscale: ")
+    assert str(tmp_path / "file") in shown.stderr
+    assert "Traceback" not in shown.stderr
+
+
+def test_a_reader_that_leaves_is_not_an_error_message(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.touch()
+    command = f"{sys.executable} -m hvdscale run -np 2 --dry-run {script} | true"
+    shown = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert shown.stderr == ""
+
+
+# A framework that writes a notice and a warning, below Python, when it is imported.
+SCRIPT = r"""
+import os, sys, pathlib
+from hvdscale.runtime.console import quiet_import
+pathlib.Path("noisy.py").write_text(
+    "import os\nos.write(2, b'I0000 loaded\\nW0000 careful\\n')\nif os.environ.get('BROKEN'): raise ImportError('no')\n"
+)
+sys.path.insert(0, ".")
+{before}
+try:
+    with quiet_import("noisy"):
+        import noisy
+except ImportError as error:
+    print("import failed:", error)
+os.write(2, b"I0000 after\n")
+assert set(os.listdir("/proc/self/fd")) <= {"0", "1", "2", "3"}, "a file stayed open"  # 3: the listing itself
+print(os.environ.get("TF_CPP_MIN_LOG_LEVEL"))
+"""
+
+CASES = {
+    "by default": ({}, "", "W0000 careful\nI0000 after\n", "1\n"),
+    "the user asked for all": ({"TF_CPP_MIN_LOG_LEVEL": "0"}, "", "I0000 loaded\nW0000 careful\nI0000 after\n", "0\n"),
+    "the user's level stays": ({"TF_CPP_MIN_LOG_LEVEL": "2"}, "", "W0000 careful\nI0000 after\n", "2\n"),
+    "imported already": ({}, "import noisy", "I0000 loaded\nW0000 careful\nI0000 after\n", "None\n"),
+    "the import fails": ({"BROKEN": "1"}, "", "W0000 careful\nI0000 after\n", "import failed: no\n1\n"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_import_is_quiet(name: str, tmp_path: Path) -> None:
+    env, before, errors, output = CASES[name]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.replace("{before}", before)],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert (done.stderr, done.stdout) == (errors, output)
