@@ -55,7 +55,7 @@ from horovod.tensorflow.mpi_ops import (
 )
 from horovod.tensorflow.util import refs_to_vars, vars_to_refs
 
-from hvdscale.data import ShardPlan, split
+from hvdscale.data import BalancedPlan, ShardPlan, ShardStream, pack, split
 from hvdscale.errors import BuildError, DesyncError, HvdscaleError, PlanError, StateError, TransportError, WorldError
 from hvdscale.sync import EveryStep, Reduction
 from hvdscale.tensorflow import compression, elastic, functions, gradient_aggregation, mpi_ops, sync_batch_norm
@@ -76,10 +76,12 @@ from hvdscale.tensorflow.collectives import (
     grouped_reducescatter,
     reducescatter,
 )
+from hvdscale.tensorflow.data import shard_dataset
 from hvdscale.tensorflow.optimizer import DistributedOptimizer, LocalGradientAggregationHelper
 from hvdscale.tensorflow.runtime import init, runtime_settings, shutdown, world
 from hvdscale.tensorflow.sync import reduce_gradients
 from hvdscale.tensorflow.tape import DistributedGradientTape, PartialDistributedGradientTape
+from hvdscale.tensorflow.verification import verify_epoch
 from hvdscale.tensorflow.wire import Compression
 
 if TYPE_CHECKING:
@@ -88,6 +90,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Adasum",
     "Average",
+    "BalancedPlan",
     "BroadcastGlobalVariablesHook",
     "BuildError",
     "Compression",
@@ -105,6 +108,7 @@ __all__ = [
     "Product",
     "Reduction",
     "ShardPlan",
+    "ShardStream",
     "StateError",
     "Sum",
     "SyncBatchNormalization",
@@ -152,6 +156,7 @@ __all__ = [
     "mpi_ops",
     "mpi_threads_supported",
     "nccl_built",
+    "pack",
     "process_set_included_op",
     "rank",
     "rank_op",
@@ -161,6 +166,7 @@ __all__ = [
     "remove_process_set",
     "rocm_built",
     "runtime_settings",
+    "shard_dataset",
     "shutdown",
     "size",
     "size_op",
@@ -169,6 +175,7 @@ __all__ = [
     "stop_timeline",
     "sync_batch_norm",
     "vars_to_refs",
+    "verify_epoch",
     "world",
 ]
 

@@ -24,6 +24,7 @@ from hvdscale.torch.runtime import runtime_settings, world
 from hvdscale.torch.samplers import ShardedBatchSampler
 from hvdscale.torch.streaming import ShardedIterable
 from hvdscale.torch.sync import DistributedOptimizer
+from hvdscale.torch.verification import verify_epoch
 
 __all__ = [
     *common.__all__,
@@ -58,5 +59,6 @@ __all__ = [
     "shard_dataset",
     "split",
     "sync_batch_norm",
+    "verify_epoch",
     "world",
 ]
