@@ -28,7 +28,9 @@ class Layout:
         """The arrays of a batch, one behind another, in the types of the signature."""
         tf.nest.assert_same_structure(self.signature, batch)
         parts = zip(tf.nest.flatten(batch), self.types, strict=True)
-        return [np.asarray(part) if kind == tf.string else np.asarray(part, kind.as_numpy_dtype) for part, kind in parts]
+        return [
+            np.asarray(part) if kind == tf.string else np.asarray(part, kind.as_numpy_dtype) for part, kind in parts
+        ]
 
     def packed(self, tensors: Sequence[tf.Tensor]) -> Any:
         """Such tensors as a batch, with the shapes of the signature."""

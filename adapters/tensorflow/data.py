@@ -134,7 +134,12 @@ class StreamDataset(_Counted):
     """A shard's batches of a stream. Made by ``shard_dataset``."""
 
     def __init__(
-        self, feed: StreamFeed, source: Callable[[int], Any], collate: Callable[[Any], Any], signature: Any, prefetch: int
+        self,
+        feed: StreamFeed,
+        source: Callable[[int], Any],
+        collate: Callable[[Any], Any],
+        signature: Any,
+        prefetch: int,
     ) -> None:
         def example() -> Any:
             record = next(iter(source(0)), None)

@@ -53,9 +53,7 @@ def counted_pipeline(
             return layout.packed([tf.identity(tensor) for tensor in tensors])
 
     if indices:
-        samples = tf.data.Dataset.from_generator(
-            drawn, output_signature=(number, tf.TensorSpec((None,), tf.int64))
-        )
+        samples = tf.data.Dataset.from_generator(drawn, output_signature=(number, tf.TensorSpec((None,), tf.int64)))
         batches = samples.map(fetched, **({"num_parallel_calls": workers, "deterministic": True} if workers else {}))
     else:
         parts = [tf.TensorSpec(spec.shape, spec.dtype) for spec in tf.nest.flatten(layout.signature)]
