@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -38,9 +39,10 @@ def shard_dataset(
         batches = hvd.shard_dataset((x, y), hvd.ShardPlan(len(x), hvd.size(), seed=7), 32)
         model.fit(batches, epochs=3, callbacks=[batches.counter])
 
-    Keras fetches ahead of training. ``batches.counter`` tells which batches were trained on: with it
-    ``state_dict()`` is exact at any step. Without it only whole epochs count, so that a run stopped inside an epoch
-    resumes at its start. Batches come in the plan's order, whatever ``shuffle`` says.
+    Keras fetches ahead of training, and only a callback hears of each step: ``batches.counter`` counts the batches
+    trained on, so that ``state_dict()`` is exact at any step. Without it nothing counts, and each pass reads the same
+    epoch: right for an evaluation; from the third pass on a warning says so. Batches come in the plan's order,
+    whatever ``shuffle`` says.
 
     Where the plan has ``tail="pad"`` and data is ``(x, y)``, batches are ``(x, y, weight)``: 0 for what only fills.
 
@@ -96,8 +98,7 @@ class ShardedPyDataset(keras.utils.PyDataset):  # type: ignore[misc]
         self._passes, self._turn = Passes(feed), 0
         self._draws: Iterator[tuple[int, Batch]] | None = None
         self._waiting: deque[tuple[Batch, Any]] = deque()
-        self._given = 0
-        self._begun = False
+        self._uncounted = 0
 
     @property
     def num_batches(self) -> int:
@@ -111,7 +112,7 @@ class ShardedPyDataset(keras.utils.PyDataset):  # type: ignore[misc]
         """The next batch of this epoch; ``index`` is not looked at."""
         with self._lock:
             if self._draws is None:
-                self._draws, self._given = self._passes.draw(), 0
+                self._draws = self._passes.draw()
                 self._waiting.clear()
             while len(self._waiting) <= self._ahead and (drawn := next(self._draws, None)) is not None:
                 self._turn, batch = drawn
@@ -119,28 +120,28 @@ class ShardedPyDataset(keras.utils.PyDataset):  # type: ignore[misc]
             if not self._waiting:
                 raise IndexError(f"Epoch {self.feed.epoch} has no batch with samples left for step {index} of fit.")
             batch, fetched = self._waiting.popleft()
-            self._given += 1
         rows = fetched.result() if isinstance(fetched, Future) else fetched
         if self._weighs and isinstance(rows, tuple) and len(rows) == 2:
             return (*rows, batch.valid.astype(np.float32))
         return rows
 
     def on_epoch_begin(self) -> None:
-        self._begun = True
+        self._uncounted += not self.counter.used
+        if self._uncounted == 3:  # Keras may have looked at the data before it began
+            warnings.warn(
+                f"Epoch {self.epoch} of the plan is read again and again, for nobody counts. For fit give "
+                "callbacks=[batches.counter]; an evaluation reads the same samples each time.",
+                stacklevel=2,
+            )
 
     def on_epoch_end(self) -> None:
-        """Keras begins anew. Where nobody counts and all of an epoch was asked for, it was trained on."""
+        """Keras begins anew: what was given out and not counted is given out again."""
         with self._lock:
-            if self._begun and self._draws is not None and not self.counter.counting and self._given > 1:
-                epoch = self.feed.epoch
-                while self._given and self.feed.epoch == epoch:
-                    self.take()
-            self._begun, self._draws = False, None
+            self._draws = None
 
     def take(self) -> None:
         """Count the oldest batch given out as read; the epoch ends with its last one."""
         self.batch = self._passes.deliver(self._turn)
-        self._given -= 1
 
     @property
     def epoch(self) -> int:
@@ -164,7 +165,7 @@ class BatchCounter(keras.callbacks.Callback):  # type: ignore[misc]
 
     def __init__(self, batches: ShardedPyDataset) -> None:
         super().__init__()
-        self.counting = False
+        self.used = False
         self._batches = batches
         self._seen = 0
 
@@ -176,7 +177,7 @@ class BatchCounter(keras.callbacks.Callback):  # type: ignore[misc]
                 f"fit goes over the rest of the plan's epoch, {left} batches; steps_per_epoch makes it {steps}. "
                 "Leave steps_per_epoch out; a callback may set model.stop_training."
             )
-        self.counting = True
+        self.used = True
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._seen = 0
@@ -186,9 +187,6 @@ class BatchCounter(keras.callbacks.Callback):  # type: ignore[misc]
         while self._seen <= batch and self._batches.epoch == epoch:  # several where a call of Keras makes several steps
             self._batches.take()
             self._seen += 1
-
-    def on_train_end(self, logs: Any = None) -> None:
-        self.counting = False
 
 
 def verify_epoch(loader: Any, epoch: int | None = None) -> None:

@@ -26,7 +26,7 @@ def test_names(hvd: Any, name: str) -> None:
 
 def read_epoch(loader: Any) -> list[int]:
     """Reads on to the end of the epoch as a loop or a fit of the framework would; the sample numbers."""
-    if hasattr(loader, "counter"):  # Keras: as fit does, without a model
+    if hasattr(loader, "on_epoch_end"):  # Keras: as fit does, without a model
         found = []
         loader.counter.set_params({"steps": len(loader)})
         loader.counter.on_train_begin()

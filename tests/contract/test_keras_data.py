@@ -65,13 +65,12 @@ def rows() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize(("workers", "processes"), WORKERS)
 @pytest.mark.parametrize("policy", ["ordered", "random", "hash"])
-@pytest.mark.parametrize("count", [True, False])
 def test_every_epoch_holds_every_sample_once_in_the_plans_order(
-    driver: ContractDriver, rank: int, size: int, policy: str, workers: int, processes: bool, count: bool
+    driver: ContractDriver, rank: int, size: int, policy: str, workers: int, processes: bool
 ) -> None:
     plan = hvd.ShardPlan(N, size, policy, seed=1)
     batches = hvd.shard_dataset(rows(), plan, 8, workers=workers, use_multiprocessing=processes)
-    model = trained(batches, epochs=2, count=count)
+    model = trained(batches, epochs=2)
     assert model.numbers == [*plan.indices(rank, 0), *plan.indices(rank, 1)]
     assert batches.epoch == 2
     hvd.verify_epoch(batches)
@@ -101,6 +100,14 @@ def test_fit_goes_on_where_it_stopped(rank: int, size: int) -> None:
     batches = hvd.shard_dataset(rows(), plan, 4)
     first = trained(batches, stop=3).numbers
     assert first + trained(batches).numbers == plan.indices(rank).tolist()
+
+
+def test_without_the_counter_each_pass_reads_one_epoch_and_a_warning_says_so(rank: int, size: int) -> None:
+    plan = hvd.ShardPlan(N, size, seed=1)
+    batches = hvd.shard_dataset(rows(), plan, 8)
+    with pytest.warns(UserWarning, match="Epoch 0 of the plan is read again and again"):
+        assert trained(batches, epochs=3, count=False).numbers == plan.indices(rank).tolist() * 3
+    assert batches.state_dict()["step"] == 0
 
 
 def test_processes_fetch_too(rank: int, size: int) -> None:
