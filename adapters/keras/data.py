@@ -70,8 +70,10 @@ def shard_dataset(
     integer("batch_size", batch_size, 1)
     integer("workers", workers, 0)
     integer("prefetch", prefetch, 1)
-    here = verbs.world()
-    mine = own_shard(shard, plan.shards, here.rank, here.size)
+    mine = shard
+    if mine is None:  # a given shard needs no init()
+        here = verbs.world()
+        mine = own_shard(None, plan.shards, here.rank, here.size)
     table = Table(data, collate)
     table.check_length(plan.n)
     return ShardedPyDataset(Feed(plan, mine, batch_size, epoch), table, workers, use_multiprocessing, prefetch)

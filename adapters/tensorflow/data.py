@@ -62,8 +62,10 @@ def shard_dataset(
     integer("batch_size", batch_size, 1)
     integer("workers", workers, 0)
     integer("prefetch", prefetch, 0)
-    here = world()
-    mine = own_shard(shard, plan.shards, here.rank, here.size)
+    mine = shard
+    if mine is None:  # a given shard needs no init()
+        here = world()
+        mine = own_shard(None, plan.shards, here.rank, here.size)
     if isinstance(plan, ShardStream):
         if epoch is not None:
             raise PlanError(f"A stream has its epoch in itself: ShardStream(..., epoch={epoch!r}). Leave epoch out.")

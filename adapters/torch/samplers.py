@@ -16,6 +16,8 @@ __all__ = ["AheadSampler", "ShardedBatchSampler", "own_shard"]
 
 def own_shard(shard: int | None, shards: int) -> int:
     """``shard``, or this rank's where it is ``None``; refused where the plan has not one shard per rank."""
+    if shard is not None:
+        return shard  # also before init()
     here = world()
     return checks.own_shard(shard, shards, here.rank, here.size)
 
