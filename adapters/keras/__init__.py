@@ -3,10 +3,11 @@
 from hvdscale.keras.backend import verbs  # first: it imports Keras quietly
 
 # isort: split
-from hvdscale.data import ShardPlan, split
+from hvdscale.data import BalancedPlan, ShardPlan, ShardStream, pack, split
 from hvdscale.errors import BuildError, DesyncError, HvdscaleError, PlanError, StateError, TransportError, WorldError
 from hvdscale.keras import callbacks, elastic
 from hvdscale.keras.batch_norm import SyncBatchNormalization
+from hvdscale.keras.data import shard_dataset, verify_epoch
 from hvdscale.keras.optimizer import DistributedOptimizer, PartialDistributedOptimizer
 from hvdscale.keras.replicas import broadcast_variables
 from hvdscale.keras.saving import load_model
@@ -64,6 +65,7 @@ remove_process_set = _hvd.remove_process_set
 __all__ = [
     "Adasum",
     "Average",
+    "BalancedPlan",
     "BuildError",
     "Compression",
     "DesyncError",
@@ -81,6 +83,7 @@ __all__ = [
     "Product",
     "Reduction",
     "ShardPlan",
+    "ShardStream",
     "SlowMo",
     "SlowMomentum",
     "StateError",
@@ -115,6 +118,7 @@ __all__ = [
     "mpi_enabled",
     "mpi_threads_supported",
     "nccl_built",
+    "pack",
     "post_local",
     "qsr",
     "rank",
@@ -123,10 +127,12 @@ __all__ = [
     "remove_process_set",
     "rocm_built",
     "runtime_settings",
+    "shard_dataset",
     "shutdown",
     "size",
     "split",
     "start_timeline",
     "stop_timeline",
+    "verify_epoch",
     "world",
 ]

@@ -55,7 +55,7 @@ from horovod.tensorflow.mpi_ops import (
 )
 from horovod.tensorflow.util import refs_to_vars, vars_to_refs
 
-from hvdscale.data import ShardPlan, split
+from hvdscale.data import BalancedPlan, ShardPlan, ShardStream, pack, split
 from hvdscale.errors import BuildError, DesyncError, HvdscaleError, PlanError, StateError, TransportError, WorldError
 from hvdscale.sync import (
     DiLoCo,
@@ -86,10 +86,12 @@ from hvdscale.tensorflow.collectives import (
     grouped_reducescatter,
     reducescatter,
 )
+from hvdscale.tensorflow.data import shard_dataset
 from hvdscale.tensorflow.optimizer import DistributedOptimizer, LocalGradientAggregationHelper
 from hvdscale.tensorflow.runtime import init, runtime_settings, shutdown, world
 from hvdscale.tensorflow.sync import reduce_gradients
 from hvdscale.tensorflow.tape import DistributedGradientTape, PartialDistributedGradientTape
+from hvdscale.tensorflow.verification import verify_epoch
 from hvdscale.tensorflow.wire import Compression
 from hvdscale.update import Nesterov, SlowMomentum
 
@@ -99,6 +101,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Adasum",
     "Average",
+    "BalancedPlan",
     "BroadcastGlobalVariablesHook",
     "BuildError",
     "Compression",
@@ -119,6 +122,7 @@ __all__ = [
     "Product",
     "Reduction",
     "ShardPlan",
+    "ShardStream",
     "SlowMo",
     "SlowMomentum",
     "StateError",
@@ -170,6 +174,7 @@ __all__ = [
     "mpi_ops",
     "mpi_threads_supported",
     "nccl_built",
+    "pack",
     "post_local",
     "process_set_included_op",
     "qsr",
@@ -181,6 +186,7 @@ __all__ = [
     "remove_process_set",
     "rocm_built",
     "runtime_settings",
+    "shard_dataset",
     "shutdown",
     "size",
     "size_op",
@@ -189,6 +195,7 @@ __all__ = [
     "stop_timeline",
     "sync_batch_norm",
     "vars_to_refs",
+    "verify_epoch",
     "world",
 ]
 

@@ -34,6 +34,7 @@ from hvdscale.torch.runtime import runtime_settings, world
 from hvdscale.torch.samplers import ShardedBatchSampler
 from hvdscale.torch.streaming import ShardedIterable
 from hvdscale.torch.sync import DistributedOptimizer
+from hvdscale.torch.verification import verify_epoch
 from hvdscale.update import Nesterov, SlowMomentum
 
 __all__ = [
@@ -78,5 +79,6 @@ __all__ = [
     "shard_dataset",
     "split",
     "sync_batch_norm",
+    "verify_epoch",
     "world",
 ]

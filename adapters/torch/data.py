@@ -85,28 +85,28 @@ class ShardedLoader(DataLoader[Any]):
 
     def __init__(self, dataset: Any, sampler: AheadSampler, collate: Callable[[Any], Any], **options: Any) -> None:
         super().__init__(dataset, batch_sampler=sampler, collate_fn=collate, **options)
-        self._feed = sampler.feed
+        self.feed = sampler.feed
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         for data in super().__iter__():
-            while not len(self._feed.deliver()):
+            while not len(self.feed.deliver()):
                 continue  # an empty batch, which has no data
             yield data
-        self._feed.finish()
+        self.feed.finish()
 
     @property
     def epoch(self) -> int:
         """The epoch of this iteration, or of the next one between two."""
-        return self._feed.epoch
+        return self.feed.epoch
 
     @property
     def batch(self) -> Batch | None:
         """The plan's batch delivered last: ``indices``, ``count``, ``valid``, ``epoch``, ``step``."""
-        return self._feed.batch
+        return self.feed.batch
 
     def state_dict(self) -> dict[str, Any]:
         """What was delivered, as JSON; ``resume`` of the plan's class takes the states of all ranks."""
-        return self._feed.state_dict()
+        return self.feed.state_dict()
 
 
 class StreamLoader(DataLoader[Any]):

@@ -7,29 +7,19 @@ from typing import Any
 
 from torch.utils.data import Sampler
 
-from hvdscale.data import BalancedPlan, Feed, ShardPlan
+from hvdscale.data import BalancedPlan, Feed, ShardPlan, checks
 from hvdscale.data.batch import Batch
-from hvdscale.errors import PlanError
 from hvdscale.torch.runtime import world
 
 __all__ = ["AheadSampler", "ShardedBatchSampler", "own_shard"]
 
 
 def own_shard(shard: int | None, shards: int) -> int:
-    """``shard``, or this rank's where it is ``None``.
-
-    Raises:
-        PlanError: this rank's, but the plan has not one shard per rank.
-    """
+    """``shard``, or this rank's where it is ``None``; refused where the plan has not one shard per rank."""
     if shard is not None:
-        return shard
+        return shard  # also before init()
     here = world()
-    if here.size != shards:
-        raise PlanError(
-            f"The plan has {shards} shards and the job {here.size} ranks. Make the plan for hvd.size() shards, "
-            "or say which shard this rank reads: shard=..."
-        )
-    return here.rank
+    return checks.own_shard(shard, shards, here.rank, here.size)
 
 
 class ShardedBatchSampler(Sampler[list[int]]):

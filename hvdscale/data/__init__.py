@@ -7,11 +7,15 @@ from hvdscale.data.certificate import add_sums
 from hvdscale.data.feed import Feed
 from hvdscale.data.held_out import split
 from hvdscale.data.packing import Packing, PackingReport, pack
+from hvdscale.data.passes import Passes
 from hvdscale.data.plan import ShardPlan
 from hvdscale.data.reader import Reader
 from hvdscale.data.report import Move, ShardReport
+from hvdscale.data.stream_feed import StreamFeed
 from hvdscale.data.stream_reader import StreamReader
 from hvdscale.data.streams import ShardStream
+from hvdscale.data.tables import Table
+from hvdscale.data.verification import verify_feed
 
 __all__ = [
     "BalancedPlan",
@@ -21,14 +25,18 @@ __all__ = [
     "Move",
     "Packing",
     "PackingReport",
+    "Passes",
     "Reader",
     "ShardPlan",
     "ShardReport",
     "ShardStream",
+    "StreamFeed",
     "StreamReader",
+    "Table",
     "add_sums",
     "balance",
     "pack",
     "rank_costs",
     "split",
+    "verify_feed",
 ]

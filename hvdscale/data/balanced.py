@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from hvdscale.data.balancing import LONGEST, balance
 from hvdscale.data.batch import Batch
+from hvdscale.data.certificate import REMEMBERED_EPOCHS, add_sums, sum_of
 from hvdscale.data.checks import integer
 from hvdscale.data.lengths import check_lengths
 from hvdscale.data.plan import ShardPlan
@@ -71,6 +72,10 @@ class BalancedPlan:
     @property
     def first_epoch(self) -> int:
         return self.plan.first_epoch
+
+    def certificate(self) -> int:
+        """What the sums of all readers for one epoch must add up to, modulo 2**64, as ``ShardPlan.certificate``."""
+        return self.plan.certificate()
 
     def owners(self, lengths: npt.ArrayLike) -> npt.NDArray[np.int32]:
         """The rank of each sample of a global batch with these lengths: int32[batch]."""
@@ -131,6 +136,7 @@ class BalancedReader:
         self._readers = [plan.plan.reader(each, batch_size, epoch) for each in range(plan.shards)]
         self._epoch, self._step = min(reader.epoch for reader in self._readers), 0
         self._delivered = 0
+        self._sums: dict[int, int] = {}
         self._drawn: deque[tuple[Batch, _Step]] = deque()
         self._stream: Iterator[Batch] | None = None
 
@@ -180,6 +186,21 @@ class BalancedReader:
         at = self._epoch if epoch is None else epoch
         return max(reader.steps(at) for reader in self._readers)
 
+    def certificate(self, epoch: int | None = None) -> int:
+        """The sum, modulo 2**64, for the samples of an epoch that this rank was given; see ``Reader.certificate``.
+
+        Raises:
+            StateError: an epoch that is too long ago, or whose earlier part is not known.
+        """
+        epoch = self._epoch - 1 if epoch is None else integer("epoch", epoch, 0)
+        if epoch not in self._sums and epoch < self._epoch - REMEMBERED_EPOCHS:
+            raise StateError(
+                f"Sums are kept for {REMEMBERED_EPOCHS} epochs; epoch {epoch} is before epoch {self._epoch}."
+            )
+        own = self._readers[self.shard]
+        dropped = sum_of(own.dropped(epoch)) if epoch < self._epoch else 0
+        return add_sums([self._sums.get(epoch, 0), dropped, own.read_before(epoch)])
+
     def state_dict(self) -> dict[str, Any]:
         """How far all ranks have delivered, as JSON. ``BalancedPlan.resume`` takes those of all ranks."""
         return {"format": _FORMAT, "steps": self._delivered, "own": self._readers[self.shard].state_dict()}
@@ -196,6 +217,8 @@ class BalancedReader:
         _, step = self._drawn.popleft()
         for shard, part in step.parts.items():
             self._readers[shard].deliver(part)
+        self._sums[batch.epoch] = add_sums([self._sums.get(batch.epoch, 0), sum_of(batch.indices)])
+        self._sums.pop(batch.epoch - 1 - REMEMBERED_EPOCHS, None)
         self._delivered += 1
         self._epoch, self._step = (batch.epoch + 1, 0) if batch.last else (batch.epoch, batch.step + 1)
 

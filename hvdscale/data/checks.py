@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from hvdscale.errors import PlanError
 
-__all__ = ["integer", "one_of", "weights_for"]
+__all__ = ["integer", "one_of", "own_shard", "weights_for"]
 
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:
@@ -31,6 +31,22 @@ def one_of(name: str, value: object, names: Sequence[str]) -> None:
     """Raises PlanError where ``value`` is none of ``names``."""
     if value not in names:
         raise PlanError(f"{name} is one of {', '.join(map(repr, names))}; it is {value!r}.")
+
+
+def own_shard(shard: int | None, shards: int, rank: int, ranks: int) -> int:
+    """``shard``, or that of this rank where it is ``None``.
+
+    Raises:
+        PlanError: this rank's, but the plan has not one shard per rank.
+    """
+    if shard is not None:
+        return shard
+    if ranks != shards:
+        raise PlanError(
+            f"The plan has {shards} shards and the job {ranks} ranks. Make the plan for hvd.size() shards, "
+            "or say which shard this rank reads: shard=..."
+        )
+    return rank
 
 
 def weights_for(shards: int, weights: Sequence[float] | None) -> tuple[float, ...] | None:

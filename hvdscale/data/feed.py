@@ -18,6 +18,11 @@ class BatchPlan(Protocol):
     @property
     def first_epoch(self) -> int: ...
 
+    @property
+    def n(self) -> int: ...
+
+    def certificate(self) -> int: ...
+
     def reader(self, shard: int, batch_size: int, epoch: int | None = None) -> BatchReader: ...
 
 
@@ -36,6 +41,8 @@ class BatchReader(Protocol):
 
     def steps(self, epoch: int | None = None) -> int: ...
 
+    def certificate(self, epoch: int | None = None) -> int: ...
+
     def state_dict(self) -> dict[str, Any]: ...
 
 
@@ -48,6 +55,7 @@ class Feed:
     """
 
     def __init__(self, plan: BatchPlan, shard: int, batch_size: int, epoch: int | None = None) -> None:
+        self.plan = plan
         self.reader = plan.reader(shard, batch_size, epoch)
         self.batch: Batch | None = None
         """The batch delivered last."""

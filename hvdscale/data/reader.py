@@ -123,7 +123,16 @@ class Reader:
                 f"Sums are kept for {REMEMBERED_EPOCHS} epochs; epoch {epoch} is before epoch {self._epoch}."
             )
         self._sum_up()
-        return add_sums([self._sums.get(epoch, 0), self._read_before(epoch)])
+        return add_sums([self._sums.get(epoch, 0), self.read_before(epoch)])
+
+    def read_before(self, epoch: int) -> int:
+        """This reader's part of the certificate that is older than it: what ``ShardPlan.resume`` found, at shard 0."""
+        past = next((each for each in self.plan.interrupted if each.epoch == epoch), None)
+        if self.shard != 0 or past is None:
+            return 0
+        if past.certificate is None:
+            raise StateError(f"What was read of epoch {epoch} before the run was resumed is not known to all ranks.")
+        return past.certificate
 
     def state_dict(self) -> dict[str, Any]:
         """How far this reader has delivered, as JSON can hold it. ``ShardPlan.resume`` takes those of all shards."""
@@ -200,11 +209,3 @@ class Reader:
         self._unsummed.clear()
         if len(samples):
             self._sums[self._epoch] = add_sums([self._sums.get(self._epoch, 0), sum_of(samples)])
-
-    def _read_before(self, epoch: int) -> int:
-        past = next((each for each in self.plan.interrupted if each.epoch == epoch), None)
-        if self.shard != 0 or past is None:
-            return 0
-        if past.certificate is None:
-            raise StateError(f"What was read of epoch {epoch} before the run was resumed is not known to all ranks.")
-        return past.certificate

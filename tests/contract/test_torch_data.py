@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import hvdscale.torch as hvd
+from tests.contract.data import all_numbers, everyones
 from tests.contract.driver import ContractDriver
 
 N = 203
@@ -44,18 +44,6 @@ def stream(policy: str, shards: int) -> hvd.ShardStream:
 
 def numbers(batches: Any) -> list[int]:
     return [int(sample) for batch in batches for sample in batch]
-
-
-def everyones(driver: ContractDriver, value: Any) -> list[Any]:
-    """``value`` of every rank, as JSON."""
-    text = json.dumps(value).encode()
-    assert len(text) < 1 << 16
-    gathered = driver.everyones(np.frombuffer(text.ljust(1 << 16), np.uint8).astype(np.int32))
-    return [json.loads(bytes(row.astype(np.uint8))) for row in gathered]
-
-
-def all_numbers(driver: ContractDriver, mine: list[int]) -> list[int]:
-    return sorted(itertools.chain(*everyones(driver, mine)))
 
 
 @pytest.mark.parametrize("workers", WORKERS)

@@ -1,0 +1,94 @@
+"""Data that loaders take rows from, in NumPy: arrays in tuples and dictionaries, or anything with items."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hvdscale.data.types import Int64s
+from hvdscale.errors import PlanError
+
+__all__ = ["Table", "stack"]
+
+
+class Table:
+    """``data`` as what gives a batch for a list of samples.
+
+    Args:
+        data: an array, or a tuple or dictionary of arrays of equal length (NumPy, memory maps, tensors in the
+            computer's memory): a sample is a row of each. Or an object with ``__len__`` and ``__getitem__`` whose
+            items are numbers, arrays, or tuples or dictionaries of them.
+        collate: makes the batch of the rows taken from arrays, or of a list of items; default: nothing, or ``stack``.
+
+    Raises:
+        PlanError: data without a length and items, or arrays of different lengths.
+    """
+
+    def __init__(self, data: Any, collate: Callable[[Any], Any] | None = None) -> None:
+        self.is_arrays = _is_arrays(data)
+        if not self.is_arrays and not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+            raise PlanError(
+                "data is an array, a tuple or dictionary of arrays, or an object with __len__ and __getitem__; "
+                f"it is a {type(data).__name__}. For a stream give a ShardStream as the plan."
+            )
+        self._data = _mapped(_in_numpy, data) if self.is_arrays else data
+        self._length = _length(self._data) if self.is_arrays else len(data)
+        self._collate = collate
+
+    def __len__(self) -> int:
+        return self._length
+
+    def fetch(self, samples: Int64s) -> Any:
+        """The batch of these samples: arrays, in the structure of the data or of what ``collate`` makes."""
+        if self.is_arrays:
+            rows = _mapped(lambda array: np.asarray(array[samples]), self._data)  # a copy, also of a memory map
+            return rows if self._collate is None else self._collate(rows)
+        items = [self._data[sample] for sample in samples.tolist()]
+        return (self._collate or stack)(items)
+
+    def check_length(self, n: int) -> None:
+        """Raises PlanError where a plan over ``n`` samples is not one for this data."""
+        if len(self) != n:
+            raise PlanError(f"The plan is over {n} samples; data holds {len(self)}. Make the plan for len(data).")
+
+
+def stack(items: Sequence[Any]) -> Any:
+    """A batch of equal samples: each part stacked along a new first axis."""
+    first = items[0]
+    if isinstance(first, Mapping):
+        return {name: stack([item[name] for item in items]) for name in first}
+    if isinstance(first, tuple):
+        return tuple(stack(parts) for parts in zip(*items, strict=True))
+    return np.stack([np.asarray(item) for item in items])
+
+
+def _is_arrays(data: Any) -> bool:
+    if isinstance(data, Mapping):
+        return bool(data) and all(map(_is_arrays, data.values()))
+    if isinstance(data, tuple):
+        return bool(data) and all(map(_is_arrays, data))
+    return hasattr(data, "__array__") and len(getattr(data, "shape", ())) > 0
+
+
+def _in_numpy(array: Any) -> Any:
+    return array if isinstance(array, np.ndarray) else np.asarray(array)
+
+
+def _mapped(function: Callable[[Any], Any], arrays: Any) -> Any:
+    if isinstance(arrays, Mapping):
+        return {name: _mapped(function, array) for name, array in arrays.items()}
+    if isinstance(arrays, tuple):
+        return tuple(_mapped(function, array) for array in arrays)
+    return function(arrays)
+
+
+def _length(arrays: Any) -> int:
+    parts = list(arrays.values()) if isinstance(arrays, Mapping) else arrays if isinstance(arrays, tuple) else None
+    if parts is None:
+        return len(arrays)
+    lengths = [_length(part) for part in parts]
+    if len(set(lengths)) > 1:
+        raise PlanError(f"Arrays of one data set are of equal length; these have {lengths} rows.")
+    return lengths[0]

@@ -1,0 +1,144 @@
+"""What every adapter promises of its loaders; ``test_<adapter>_data.py`` holds what is true of one alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hvdscale.data import ShardPlan
+from hvdscale.errors import PlanError, StateError
+from tests.contract.data import all_numbers, everyones
+from tests.contract.driver import ContractDriver
+
+N = 120
+NAMES = ("BalancedPlan", "ShardPlan", "ShardStream", "pack", "shard_dataset", "split", "verify_epoch")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names(hvd: Any, name: str) -> None:
+    assert name in hvd.__all__
+    assert callable(getattr(hvd, name))
+
+
+def read_epoch(loader: Any) -> list[int]:
+    """Reads on to the end of the epoch as a loop or a fit of the framework would; the sample numbers."""
+    if hasattr(loader, "on_epoch_end"):  # Keras: as fit does, without a model
+        found = []
+        loader.counter.set_params({"steps": len(loader)})
+        loader.counter.on_train_begin()
+        loader.counter.on_epoch_begin(0)
+        for step in range(len(loader)):
+            found += np.asarray(loader[step]).tolist()
+            loader.counter.on_train_batch_end(step)
+        loader.counter.on_train_end()
+        loader.on_epoch_end()
+        return found
+    return [int(number) for batch in loader for number in batch]
+
+
+@pytest.mark.parametrize("tail", ["exact", "drop"])
+@pytest.mark.parametrize("balanced", [False, True])
+def test_an_epoch_read_once_is_verified(
+    driver: ContractDriver, hvd: Any, rank: int, size: int, tail: str, balanced: bool
+) -> None:
+    plan: Any = hvd.ShardPlan(N, size, seed=1, tail=tail)
+    if balanced:
+        plan = hvd.BalancedPlan(plan, np.arange(N) + 1)
+    loader = hvd.shard_dataset(np.arange(N), plan, 8)
+    for epoch in range(2):
+        mine = read_epoch(loader)
+        hvd.verify_epoch(loader)
+        hvd.verify_epoch(loader, epoch)
+    if tail == "exact":
+        assert all_numbers(driver, mine) == list(range(N))
+
+
+def more(state: dict[str, Any]) -> None:
+    """As if one more batch had been delivered: its samples get lost."""
+    state["step"] += 1
+    state["delivered"] += state["batch_size"]
+
+
+def less(state: dict[str, Any]) -> None:
+    """As if the last batch had not been delivered: its samples are read again."""
+    state["step"] -= 1
+    state["delivered"] -= state["batch_size"]
+
+
+def as_it_is(state: dict[str, Any]) -> None:
+    """The state as it was saved."""
+
+
+@pytest.mark.parametrize(("spoil", "right"), [(as_it_is, True), (more, False), (less, False)])
+def test_a_lost_or_repeated_sample_is_found_on_every_rank(
+    driver: ContractDriver, hvd: Any, rank: int, size: int, spoil: Callable[[dict[str, Any]], None], right: bool
+) -> None:
+    readers = [ShardPlan(N, size, seed=1).reader(shard, 4) for shard in range(size)]
+    for reader in readers:
+        for _ in itertools.repeat(None, 3):
+            next(reader)
+    states = [reader.state_dict() for reader in readers]
+    spoil(states[0])
+    loader = hvd.shard_dataset(np.arange(N), hvd.ShardPlan.resume(states, size), 4)
+    read_epoch(loader)
+    if right:
+        hvd.verify_epoch(loader)
+        return
+    with pytest.raises(StateError, match=r"Epoch 0 was not read exactly once: the sum .* is 0x[0-9a-f]+, that of 120"):
+        hvd.verify_epoch(loader)
+
+
+def test_an_epoch_that_is_not_over_is_not_verified(hvd: Any, size: int) -> None:
+    loader = hvd.shard_dataset(np.arange(N), hvd.ShardPlan(N, size), 4)
+    with pytest.raises(PlanError, match="epoch must be an integer from 0; it is -1"):
+        hvd.verify_epoch(loader)
+    with pytest.raises(StateError, match="Epoch 0 was not read exactly once"):
+        hvd.verify_epoch(loader, 0)
+    with pytest.raises(PlanError, match="this is a list"):
+        hvd.verify_epoch([1, 2])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda h, k: h.shard_dataset(np.arange(N - 1), h.ShardPlan(N, k), 8), "over 120 samples; data holds 119"),
+        (lambda h, k: h.shard_dataset(np.arange(N), h.ShardPlan(N, k + 1), 8), "shards and the job"),
+        (lambda h, k: h.shard_dataset(np.arange(N), h.ShardPlan(N, k), 8, shard=k), "shard must be an integer in 0"),
+        (lambda h, k: h.shard_dataset(np.arange(N), h.ShardPlan(N, k), 0), "batch_size must be an integer from 1"),
+        (lambda h, k: h.shard_dataset(np.arange(N), h.ShardPlan(N, k), 2.5), "batch_size must be an integer from 1"),
+        (lambda h, k: h.shard_dataset(iter([1]), h.ShardPlan(1, k), 8), "it is a list_iterator. For a stream"),
+        (lambda h, k: h.shard_dataset((np.arange(3), np.arange(4)), h.ShardPlan(3, k), 8), r"have \[3, 4\] rows"),
+    ],
+)
+def test_bad_arguments(hvd: Any, size: int, call: Callable[[Any, int], object], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        call(hvd, size)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"seed": 2}, "seed"),
+        ({"n": N + 1}, "n"),
+        ({"policy": "ordered"}, "policy"),
+        ({"shards": 9}, "shares|shards"),
+    ],
+)
+def test_states_of_two_plans_do_not_go_together(hvd: Any, size: int, other: dict[str, Any], message: str) -> None:
+    facts: dict[str, Any] = {"n": N, "shards": 2, "policy": "random", "seed": 1}
+    one, two = ({**facts}, {**facts, **other})
+    states = [hvd.ShardPlan(**one).reader(0, 4).state_dict(), hvd.ShardPlan(**two).reader(1, 4).state_dict()]
+    with pytest.raises(StateError, match=message):
+        hvd.ShardPlan.resume(states, size)
+
+
+def test_a_state_of_another_version_and_a_world_that_is_incomplete(driver: ContractDriver, hvd: Any, size: int) -> None:
+    states = everyones(driver, hvd.shard_dataset(np.arange(N), hvd.ShardPlan(N, size), 4).state_dict())
+    with pytest.raises(StateError, match="reads states of format"):
+        hvd.ShardPlan.resume([{**state, "format": "shard-v9"} for state in states], size)
+    with pytest.raises(StateError):
+        hvd.ShardPlan.resume(states[1:], size)
