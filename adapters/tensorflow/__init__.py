@@ -11,7 +11,6 @@ require_horovod("tensorflow")
 with quiet_import("tensorflow"):
     import tensorflow  # noqa: F401
 
-from horovod.tensorflow.functions import allgather_object, broadcast_object
 from horovod.tensorflow.mpi_ops import (
     Adasum,
     Average,
@@ -86,6 +85,7 @@ from hvdscale.tensorflow.collectives import (
     grouped_reducescatter,
     reducescatter,
 )
+from hvdscale.tensorflow.objects import allgather_object, broadcast_object
 from hvdscale.tensorflow.optimizer import DistributedOptimizer, LocalGradientAggregationHelper
 from hvdscale.tensorflow.runtime import init, runtime_settings, shutdown, world
 from hvdscale.tensorflow.sync import reduce_gradients
