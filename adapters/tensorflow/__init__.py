@@ -11,7 +11,6 @@ require_horovod("tensorflow")
 with quiet_import("tensorflow"):
     import tensorflow  # noqa: F401
 
-from horovod.tensorflow.functions import allgather_object, broadcast_object
 from horovod.tensorflow.mpi_ops import (
     Adasum,
     Average,
@@ -87,6 +86,7 @@ from hvdscale.tensorflow.collectives import (
     reducescatter,
 )
 from hvdscale.tensorflow.data import shard_dataset
+from hvdscale.tensorflow.objects import allgather_object, broadcast_object
 from hvdscale.tensorflow.optimizer import DistributedOptimizer, LocalGradientAggregationHelper
 from hvdscale.tensorflow.runtime import init, runtime_settings, shutdown, world
 from hvdscale.tensorflow.sync import reduce_gradients

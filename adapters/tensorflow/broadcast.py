@@ -7,12 +7,12 @@ from typing import Any
 
 import tensorflow as tf
 from horovod.tensorflow import mpi_ops as _ops
-from horovod.tensorflow.functions import broadcast_object
 from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
 
 from hvdscale.errors import PlanError
 from hvdscale.tensorflow.collectives import broadcast
 from hvdscale.tensorflow.messages import exchanges
+from hvdscale.tensorflow.objects import broadcast_object
 from hvdscale.tensorflow.packing import broadcast_packed
 from hvdscale.tensorflow.registry import agree_on, describe, stable_name
 from hvdscale.tensorflow.wire import as_variable

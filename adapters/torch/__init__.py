@@ -1,6 +1,6 @@
 """Horovod for PyTorch, made right: every public name of ``horovod.torch``, and ours.
 
-``broadcast_object`` and ``allgather_object`` are Horovod's own: they unpickle what other ranks send, so use them
+``broadcast_object`` and ``allgather_object`` unpickle what other ranks send, as in Horovod, so use them
 among machines you trust.
 """
 
@@ -9,8 +9,6 @@ from hvdscale.runtime.horovod import require_horovod
 require_horovod("torch")
 
 # ruff: noqa: E402
-from horovod.torch import allgather_object, broadcast_object
-
 from hvdscale.data import BalancedPlan, ShardPlan, ShardStream, pack, split
 from hvdscale.errors import BuildError, DesyncError, HvdscaleError, PlanError, StateError, TransportError, WorldError
 from hvdscale.sync import (
@@ -30,6 +28,7 @@ from hvdscale.torch.broadcast import broadcast_optimizer_state, broadcast_parame
 from hvdscale.torch.common import *  # noqa: F403
 from hvdscale.torch.data import shard_dataset
 from hvdscale.torch.gradients import reduce_gradients
+from hvdscale.torch.objects import allgather_object, broadcast_object
 from hvdscale.torch.runtime import runtime_settings, world
 from hvdscale.torch.samplers import ShardedBatchSampler
 from hvdscale.torch.streaming import ShardedIterable

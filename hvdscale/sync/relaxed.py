@@ -13,7 +13,7 @@ from hvdscale.update import Outer
 
 __all__ = ["Groups", "Relaxed", "State"]
 
-Groups = Literal["world", "node"]
+Groups = Literal["world"]
 State = Literal["keep", "average", "reset"]
 
 _PROBES = (0, 1, 10, 100, 1000, 10000, 100000)  # steps at which ranks compare a schedule they cannot compare by value
@@ -33,8 +33,7 @@ class Relaxed:
         overlap: steps a fragment may travel while training goes on; 0: training waits.
         merge: what a rank does with the new anchor: ``"adopt"`` takes it, with what was learnt while it
             travelled on top; ``"mix"`` or ``"mix:a"`` goes the fraction ``a`` (0.5) of the way to it.
-        groups: ``"world"``: ranks train alone. ``"node"``: ranks of one machine average their gradients at every
-            step, and machines meet in rounds.
+        groups: who meets in a round; ``"world"`` is all ranks, and the only value in this version.
         state: the inner optimizer's moments after a round: ``"keep"`` each rank's own, ``"average"`` them,
             or ``"reset"`` them to zero.
 

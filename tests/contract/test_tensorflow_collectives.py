@@ -155,3 +155,8 @@ def test_objects(driver: Driver) -> None:
     assert hvd.broadcast_object({"rank": hvd.rank()}, 0) == {"rank": 0}
     assert hvd.broadcast_object_fn(0)([hvd.rank()]) == [0]
     assert hvd.allgather_object(hvd.rank() * "x") == [r * "x" for r in range(hvd.size())]
+
+
+def test_objects_whose_types_differ_between_ranks(driver: Driver) -> None:
+    assert hvd.broadcast_object({"epoch": 3} if hvd.rank() == 0 else None, 0) == {"epoch": 3}
+    assert hvd.allgather_object("first" if hvd.rank() == 0 else hvd.rank()) == ["first", *range(1, hvd.size())]

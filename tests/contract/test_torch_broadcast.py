@@ -139,6 +139,11 @@ def test_objects_as_in_horovod(hvd: Any, rank: int, size: int) -> None:
     assert hvd.allgather_object((rank, "x")) == [(r, "x") for r in range(size)]
 
 
+def test_objects_whose_types_differ_between_ranks(hvd: Any, rank: int, size: int) -> None:
+    assert hvd.broadcast_object({"epoch": 3} if rank == 0 else None, root_rank=0) == {"epoch": 3}
+    assert hvd.allgather_object("first" if rank == 0 else rank) == ["first", *range(1, size)]
+
+
 def test_elastic_state(driver: ContractDriver, hvd: Any, rank: int, size: int) -> None:
     model = network(rank)
     optimizer = OPTIMIZERS["Adam"](model.parameters())
