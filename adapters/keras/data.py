@@ -79,7 +79,7 @@ def shard_dataset(
     return ShardedPyDataset(Feed(plan, mine, batch_size, epoch), table, workers, use_multiprocessing, prefetch)
 
 
-class ShardedPyDataset(keras.utils.PyDataset):  # type: ignore[misc]
+class ShardedPyDataset(keras.utils.PyDataset):
     """A shard's batches for ``fit``. Made by ``shard_dataset``.
 
     Keras asks for batches by number, in an order of its own and now and then for one it only looks at. Here each
@@ -162,7 +162,7 @@ class ShardedPyDataset(keras.utils.PyDataset):  # type: ignore[misc]
         return self._executor.submit(self._table.fetch, batch.indices)
 
 
-class BatchCounter(keras.callbacks.Callback):  # type: ignore[misc]
+class BatchCounter(keras.callbacks.Callback):
     """Counts the batches that ``fit`` has trained on. It is ``batches.counter``."""
 
     def __init__(self, batches: ShardedPyDataset) -> None:

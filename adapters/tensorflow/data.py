@@ -78,7 +78,7 @@ def shard_dataset(
     return ShardedDataset(Feed(plan, mine, batch_size, epoch), table, full, signature, workers, prefetch)
 
 
-class _Counted(tf.data.Dataset):  # type: ignore[misc]
+class _Counted(tf.data.Dataset):
     """A dataset that stands for ``pipeline``."""
 
     def __init__(self, pipeline: tf.data.Dataset) -> None:
