@@ -122,11 +122,18 @@ class MPIChannel:
     def allreduce(self, values: Float32s) -> None:
         from mpi4py import MPI
 
-        self.sent_bytes += _ring_bytes(self.size, values.nbytes)
-        if self._patient:
-            self._transport.wait(self._comm.Iallreduce(MPI.IN_PLACE, [values, MPI.FLOAT], MPI.SUM))
-        else:
+        if not self._patient:
+            self.sent_bytes += _ring_bytes(self.size, values.nbytes)
             self._comm.Allreduce(MPI.IN_PLACE, [values, MPI.FLOAT], MPI.SUM)
+            return
+        # MPI's own non-blocking sum adds in another order on each rank, and the last bits differ. So every rank adds
+        # up one share and passes it round: as many bytes as a ring sends, and the same bits everywhere.
+        share = -(-values.size // self.size)
+        padded = np.zeros((self.size, share), np.float32)
+        padded.reshape(-1)[: values.size] = values
+        theirs = self.alltoall(padded.view(np.uint8)).view(np.float32)  # [size, share]
+        total = np.sum(theirs, axis=0, dtype=np.float32)
+        values[:] = self.allgather(total.view(np.uint8)).view(np.float32).reshape(-1)[: values.size]
 
     def alltoall(self, rows: Bytes) -> Bytes:
         from mpi4py import MPI

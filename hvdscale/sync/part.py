@@ -57,6 +57,10 @@ class Part:
         if self.rounding is not None:
             self.rounding[:] = 0
 
+    def adopt(self) -> None:
+        """This rank's weights become the anchor, to the last bit."""
+        self._write(self.anchor)
+
     def departure(self) -> tuple[Float32s, Float32s, float]:
         """``(weights, pseudo-gradient, its sum of squares)``; the pseudo-gradient is zero where it is not finite."""
         weights = self._read()

@@ -181,6 +181,7 @@ class Rounds:
         for fragment in range(len(self._parts)):
             flight = self._depart(fragment, Phase.FINISHING)
             changed |= self._land(flight, keep_work=False, settle=False)
+            self._parts[fragment].adopt()  # also where nobody had anything to say: merging had rounded
         self.step = meeting.last_step
         self._calendar.restart(self.step)
         return changed
