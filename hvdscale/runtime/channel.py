@@ -132,7 +132,7 @@ class MPIChannel:
         padded = np.zeros((self.size, share), np.float32)
         padded.reshape(-1)[: values.size] = values
         theirs = self.alltoall(padded.view(np.uint8)).view(np.float32)  # [size, share]
-        total = np.sum(theirs, axis=0, dtype=np.float32)
+        total: Float32s = np.sum(theirs, axis=0, dtype=np.float32)  # [share]
         values[:] = self.allgather(total.view(np.uint8)).view(np.float32).reshape(-1)[: values.size]
 
     def alltoall(self, rows: Bytes) -> Bytes:
