@@ -11,10 +11,12 @@ import tensorflow as tf
 from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
 
 from hvdscale.runtime.channel import Channel, HorovodChannel, MPIChannel, SoloChannel
+from hvdscale.runtime.post import Post
+from hvdscale.runtime.post import open_post as _open_post
 from hvdscale.runtime.transport import MPITransport, SoloTransport
 from hvdscale.tensorflow.runtime import control
 
-__all__ = ["open_channel"]
+__all__ = ["open_channel", "open_post"]
 
 _numbers = itertools.count()  # channels are opened in the same order on every rank
 
@@ -30,6 +32,11 @@ def open_channel(process_set: ProcessSet = global_process_set, patient: bool = F
     if isinstance(transport, MPITransport):
         return MPIChannel(transport, patient)
     return _over_horovod(process_set)
+
+
+def open_post(process_set: ProcessSet = global_process_set) -> Post:
+    """A post of its own among ``process_set``; called by exactly those ranks. Collective."""
+    return _open_post(control(process_set))
 
 
 def _over_horovod(process_set: ProcessSet) -> Channel:

@@ -17,6 +17,7 @@ import numpy as np
 from hvdscale.errors import TransportError
 
 __all__ = [
+    "Closable",
     "CollectiveTransport",
     "Gather",
     "LoopbackTransport",
@@ -69,6 +70,12 @@ class Transport(Protocol):
         ...
 
 
+class Closable(Protocol):
+    """What can say that this rank takes no further part."""
+
+    def close(self) -> None: ...
+
+
 def broadcast(transport: Transport, data: bytes, root: int = 0) -> bytes:
     """``data`` of rank ``root``. Others pass anything."""
     return transport.allgather(data if transport.rank == root else b"")[root]
@@ -110,7 +117,7 @@ class MPITransport:
         self._comm = comm.Dup()
         self._pause_seconds = pause_seconds
         self._subsets: dict[tuple[int, ...], MPITransport] = {}
-        self._twins: list[MPITransport] = []
+        self._attached: list[Closable] = []
         self._gone: tuple[int, ...] = ()  # global ranks
         self._closed = False
         self.rank: int = comm.Get_rank()
@@ -153,7 +160,7 @@ class MPITransport:
             self._closed = True
             # Not awaited: MPI delivers it while Horovod's thread or MPI's own end makes progress.
             self._start(_LEFT, self._memory_for_good())
-            for other in (*self._subsets.values(), *self._twins):
+            for other in (*self._subsets.values(), *self._attached):
                 other.close()
 
     def twin(self, pause_seconds: float = 0.0) -> MPITransport:
@@ -161,8 +168,13 @@ class MPITransport:
 
         ``pause_seconds`` above 0: who waits sleeps between two looks, and leaves the core to others.
         """
-        self._twins.append(MPITransport(self._comm, self.ranks, pause_seconds))
-        return self._twins[-1]
+        twin = MPITransport(self._comm, self.ranks, pause_seconds)
+        self.attach(twin)
+        return twin
+
+    def attach(self, other: Closable) -> None:
+        """Close ``other`` when this one is closed."""
+        self._attached.append(other)
 
     @property
     def communicator(self) -> Any:
@@ -255,8 +267,19 @@ class LoopbackTransport:
         self.rank = rank
         self.size = size
         self._board = board
-        self._timeout = timeout_seconds
+        self.timeout_seconds = timeout_seconds
         self.ranks = tuple(range(size))
+
+    def shared(self, name: str, make: Callable[[], T]) -> T:
+        """A thing of all ranks, made by the first that comes: the n-th call gives what it gives on other ranks."""
+        with self._board["lock"]:
+            calls = (name, self.ranks, "calls", self.rank)
+            number = self._board[calls] = self._board.get(calls, -1) + 1
+            key = (name, self.ranks, number)
+            if key not in self._board:
+                self._board[key] = make()
+            thing: T = self._board[key]
+            return thing
 
     def _room(self) -> Any:
         with self._board["lock"]:
@@ -266,16 +289,16 @@ class LoopbackTransport:
         barrier, slots = self._room()
         slots[self.rank] = data
         try:
-            barrier.wait(self._timeout)
+            barrier.wait(self.timeout_seconds)
             everything = list(slots)
-            barrier.wait(self._timeout)
+            barrier.wait(self.timeout_seconds)
         except threading.BrokenBarrierError:
             raise TransportError(f"rank {self.rank}: a peer left the all-gather or never came to it") from None
         return everything
 
     def subset(self, process_set: RankSet) -> Transport:
         members = tuple(process_set.ranks or self.ranks)
-        twin = LoopbackTransport(members.index(self.ranks[self.rank]), len(members), self._board, self._timeout)
+        twin = LoopbackTransport(members.index(self.ranks[self.rank]), len(members), self._board, self.timeout_seconds)
         twin.ranks = members
         return twin
 
