@@ -76,7 +76,7 @@ class TCPPost:
             header, data, ticket = message
             try:
                 connection.sendall(header)
-                connection.sendall(memoryview(data))
+                connection.sendall(data.data)
                 ticket.finish()
             except OSError:
                 ticket.finish(left_message(self.ranks[position], self.ranks[self.rank]))
@@ -92,7 +92,7 @@ class TCPPost:
                 in_place = ticket is not None and ticket.out is not None and ticket.out.nbytes == length
                 data = ticket.out if ticket is not None and in_place else np.empty(length, np.uint8)
                 assert data is not None
-                if length and not _fill(connection, memoryview(data)):
+                if length and not _fill(connection, data.data):
                     if ticket is not None:
                         ticket.finish(left_message(self.ranks[position], self.ranks[self.rank]))
                     break
