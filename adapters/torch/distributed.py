@@ -178,7 +178,7 @@ def distribute(
 
 def _takes_part(terms: Terms) -> bool:
     """Rounds are held by a rank alone, too: its outer optimizer is part of the method."""
-    exchanges = _horovod.size() > 1 or elastic() or isinstance(terms.plan, Relaxed)
+    exchanges = terms.process_set.size() > 1 or elastic() or isinstance(terms.plan, Relaxed)
     return bool(terms.process_set.included()) and exchanges
 
 
@@ -201,7 +201,7 @@ def _watch(optimizer: Optimizer, held: Attachment) -> None:
     if terms.reduction.op == "adasum":
         held.exchange = DeltaReducer(terms.reduction, **common)
     elif isinstance(terms.plan, Relaxed):
-        warm = terms.plan.warmup > 0 and _horovod.size() > 1
+        warm = terms.plan.warmup > 0 and terms.process_set.size() > 1
         reducer = Reducer(terms.reduction, sparse=held.sparse, survey=survey, **common) if warm else None
         held.exchange = LocalTraining(terms.plan, optimizer, held.model, terms.process_set, reducer)
     else:

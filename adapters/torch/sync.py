@@ -21,6 +21,7 @@ from hvdscale.torch.distributed import DistributedMixin, distribute
 from hvdscale.torch.gradients import HOROVOD_OPS
 from hvdscale.torch.names import names_by_id, parameter_names
 from hvdscale.torch.runtime import world
+from hvdscale.torch.sharded import ShardedModel
 from hvdscale.torch.steps import Terms
 
 __all__ = ["DistributedOptimizer"]
@@ -44,7 +45,7 @@ def DistributedOptimizer(
     process_set: ProcessSet = global_process_set,
     *,
     sync: EveryStep | Relaxed | None = None,
-    model: nn.Module | None = None,
+    model: nn.Module | ShardedModel | None = None,
 ) -> AnyOptimizer:
     """Make ``optimizer`` step on gradients reduced over all ranks. Collective.
 
@@ -69,7 +70,8 @@ def DistributedOptimizer(
         process_set: the ranks that share gradients. Others step alone.
         sync: when ranks agree; ``EveryStep()`` when left out.
         model: its weights and buffers, and the optimizer's state, are first made those of the
-            first rank of ``process_set``.
+            first rank of ``process_set``. Of a model sharded by ``shard_model``: over the ranks that hold the same part
+            of it, which are then the ones that share gradients.
 
     Raises:
         PlanError: arguments that cannot be, an optimizer without trainable parameters or wrapped twice.
@@ -90,7 +92,12 @@ def DistributedOptimizer(
         raise PlanError(
             "process_set is not known to Horovod yet. Pass it to hvd.init() or hvd.add_process_set() first."
         )
-    names = names_by_id(named_parameters, model)
+    sharded = model if isinstance(model, ShardedModel) else None
+    if sharded is not None:
+        process_set = _data_ranks(sharded, process_set)
+        named_parameters = sharded.named_parameters() if named_parameters is None else named_parameters
+    held = model.module if isinstance(model, ShardedModel) else model
+    names = names_by_id(named_parameters, held)
     named = parameter_names(optimizer.param_groups, names)
     parameters = [parameter for _, parameter in named]
     if not any(p.requires_grad for p in parameters):
@@ -118,14 +125,22 @@ def DistributedOptimizer(
     elif groups is None:
         reduction = replace(reduction, groups=_groups_on_one_host(parameters))
     distribute(
-        optimizer, Terms(reduction, plan, compression, process_set), names, named, _sparse_parameters(model), model
+        optimizer, Terms(reduction, plan, compression, process_set), names, named, _sparse_parameters(held), held
     )
     amp.watch_gradient_scalers()
     if model is not None and process_set.included():
         root = process_set.ranks[0]
-        broadcast_parameters(model.state_dict(), root, process_set)
-        broadcast_optimizer_state(optimizer, root, model, process_set)
+        broadcast_parameters(sharded.local_state_dict() if sharded else model.state_dict(), root, process_set)
+        broadcast_optimizer_state(optimizer, root, held, process_set)
     return optimizer
+
+
+def _data_ranks(sharded: ShardedModel, process_set: ProcessSet) -> ProcessSet:
+    if process_set.process_set_id != global_process_set.process_set_id:
+        raise PlanError(
+            "A sharded model shares gradients among the ranks of its mesh's data axis. Leave process_set out."
+        )
+    return sharded.data_ranks
 
 
 def _groups_on_one_host(parameters: Sequence[Tensor]) -> int | None:

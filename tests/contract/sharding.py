@@ -1,0 +1,22 @@
+"""What the tests of sharded models share: the meshes of the ranks there are."""
+
+from __future__ import annotations
+
+from hvdscale.model import Mesh
+from hvdscale.runtime.launch import read_launch
+
+__all__ = ["meshes"]
+
+
+def meshes(*axes: str) -> list[Mesh]:
+    """Every mesh over these axes that takes all ranks of this job, one that splits the model first."""
+    size = read_launch().size
+    found = []
+    for dp in range(1, size + 1):
+        for pp in range(1, size + 1):
+            for tp in range(1, size + 1):
+                mesh = Mesh(dp, pp, tp)
+                used = {axis for axis in ("dp", "pp", "tp") if getattr(mesh, axis) > 1}
+                if mesh.size == size and used <= set(axes):
+                    found.append(mesh)
+    return found
