@@ -82,11 +82,11 @@ class Division:
     def allowed(self, node: int, part: int) -> bool:
         """Whether the move keeps the order of data and all limits, and leaves no part empty."""
         here = self.part_of[node]
+        if not self._flows(node, part) or self._count[here] == 1:
+            return False
         saved = self._memory.saved(node, {key for key in self._graph.nodes[node].ties if self._keys[part][key]})
-        return (
-            self._flows(node, part)
-            and self._count[here] > 1
-            and self._weight[part] + self._weights.values[node] <= self._limit
+        return bool(
+            self._weight[part] + self._weights.values[node] <= self._limit
             and self._bytes[part] + self._memory.of_node(node) - saved <= self._cap
         )
 
