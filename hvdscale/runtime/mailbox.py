@@ -114,6 +114,10 @@ class Mailbox:
                     return from_, with_, unread[0][0].nbytes
         return None
 
+    def has_lost(self, source: int) -> bool:
+        """Whether no further message will come from this source."""
+        return source in self._lost
+
     def lose(self, source: int, why: str) -> None:
         """No further message will come from this source."""
         with self._lock:

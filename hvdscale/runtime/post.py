@@ -66,6 +66,10 @@ class Post(Protocol):
         """(source, tag, bytes) of a message that has come and that no ``receive`` asked for; makes progress."""
         ...
 
+    def has_left(self, position: int) -> bool:
+        """Whether this rank has closed, or its connection is broken: no further message of it will come."""
+        ...
+
     def close(self) -> None:
         """This rank takes no further part: peers that wait for it are told."""
         ...
@@ -95,6 +99,9 @@ class SoloPost:
 
     def probe(self, source: int | None = None, tag: int | None = None) -> tuple[int, int, int] | None:
         return None
+
+    def has_left(self, position: int) -> bool:
+        return False
 
     def close(self) -> None:
         """Nobody waits."""
@@ -219,6 +226,9 @@ class LoopbackPost:
 
     def probe(self, source: int | None = None, tag: int | None = None) -> tuple[int, int, int] | None:
         return self._boxes[self.rank].probe(source, tag)
+
+    def has_left(self, position: int) -> bool:
+        return self._boxes[self.rank].has_lost(position)
 
     def close(self) -> None:
         for box in self._boxes:

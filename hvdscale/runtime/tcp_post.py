@@ -66,6 +66,9 @@ class TCPPost:
     def probe(self, source: int | None = None, tag: int | None = None) -> tuple[int, int, int] | None:
         return self._box.probe(source, tag)
 
+    def has_left(self, position: int) -> bool:
+        return self._box.has_lost(position)
+
     def close(self) -> None:
         for outgoing in self._outgoing.values():
             outgoing.put(None)

@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from hvdscale.errors import StateError
-from hvdscale.sync.rounds import Rounds
+from hvdscale.sync.engine import Engine
 from hvdscale.sync.tensors import Store
 from hvdscale.update.outer import Float32s
 
@@ -20,6 +20,11 @@ T = TypeVar("T")
 
 class Sync(Protocol[T]):
     """``optimizer.sync``, whatever the plan."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether this rank makes steps: one set aside as a server does not, and serves in ``flush()``."""
+        ...
 
     def flush(self) -> None:
         """Finish a partial period, as a round of its own; on a boundary nothing is left to do. Collective.
@@ -58,30 +63,34 @@ class Sync(Protocol[T]):
 
 
 class LocalSync(Generic[T]):
-    """The agreement of a plan of the relaxed family.
+    """The agreement of a plan in which ranks train alone.
 
     ``convert`` makes a framework tensor of float32 weights.
     """
 
-    def __init__(self, rounds: Rounds, store: Store, convert: Callable[[Float32s], T]) -> None:
+    def __init__(self, engine: Engine, store: Store, convert: Callable[[Float32s], T]) -> None:
         self._convert = convert
-        self.resume(rounds, store)
+        self.resume(engine, store)
 
-    def resume(self, rounds: Rounds, store: Store) -> None:
-        """Go on with other rounds, over more tensors."""
-        self._rounds = rounds
+    def resume(self, engine: Engine, store: Store) -> None:
+        """Go on with another engine, over more tensors."""
+        self._engine = engine
         self._store = store
 
+    @property
+    def trains(self) -> bool:
+        return self._engine.trains
+
     def flush(self) -> None:
-        self._rounds.flush()
+        self._engine.flush()
 
     def tell(self, loss: float, samples: float = 1.0) -> None:
-        self._rounds.tell(loss, samples)
+        self._engine.tell(loss, samples)
 
     def outer_weights(self) -> dict[str, T]:
         specs = self._store.weights.specs
         return {
-            spec.name: self._convert(weights) for spec, weights in zip(specs, self._rounds.outer_weights(), strict=True)
+            spec.name: self._convert(weights) for spec, weights in zip(specs, self._engine.outer_weights(), strict=True)
         }
 
     @contextmanager
@@ -90,20 +99,20 @@ class LocalSync(Generic[T]):
         positions = range(len(weights.specs))
         own = np.empty(sum(spec.size for spec in weights.specs), np.float32)
         weights.read(positions, own)
-        weights.write(positions, np.concatenate([w.ravel() for w in self._rounds.outer_weights()]))
+        weights.write(positions, np.concatenate([w.ravel() for w in self._engine.outer_weights()]))
         try:
             yield
         finally:
             weights.write(positions, own)
 
     def metrics(self) -> dict[str, float]:
-        return self._rounds.figures()
+        return self._engine.figures()
 
     def state_dict(self) -> dict[str, Any]:
-        return self._rounds.state_dict()
+        return self._engine.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._rounds.load_state_dict(state)
+        self._engine.load_state_dict(state)
 
 
 class SteadySync(Generic[T]):
@@ -114,6 +123,10 @@ class SteadySync(Generic[T]):
 
     def __init__(self, read: Callable[[], dict[str, T]]) -> None:
         self._read = read
+
+    @property
+    def trains(self) -> bool:
+        return True
 
     def flush(self) -> None:
         """Nothing is left over."""

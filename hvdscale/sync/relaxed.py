@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from hvdscale.errors import PlanError
-from hvdscale.sync.reduction import Reduction
+from hvdscale.sync.local_plan import LocalPlan, State, check_whole
 from hvdscale.sync.schedule import Adaptive, Schedule, period
 from hvdscale.sync.wire import Codec, parse_wire
 from hvdscale.update import Outer
@@ -14,13 +14,12 @@ from hvdscale.update import Outer
 __all__ = ["Groups", "Relaxed", "State"]
 
 Groups = Literal["world"]
-State = Literal["keep", "average", "reset"]
 
 _PROBES = (0, 1, 10, 100, 1000, 10000, 100000)  # steps at which ranks compare a schedule they cannot compare by value
 
 
 @dataclass(frozen=True)
-class Relaxed:
+class Relaxed(LocalPlan):
     """Ranks train alone for ``every`` steps, then meet in a round.
 
     Args:
@@ -42,7 +41,6 @@ class Relaxed:
     """
 
     every: int | Schedule
-    warmup: int = field(default=0, kw_only=True)
     wire: str = field(default="fp32", kw_only=True)
     fragments: int = field(default=1, kw_only=True)
     overlap: int = field(default=0, kw_only=True)
@@ -52,9 +50,7 @@ class Relaxed:
 
     def __post_init__(self) -> None:
         for name, low in (("warmup", 0), ("fragments", 1), ("overlap", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise PlanError(f"{name} must be a whole number from {low}; it is {value!r}.")
+            check_whole(name, getattr(self, name), low)
         shortest = period(self.every, self.warmup)
         if self.overlap >= shortest:
             raise PlanError(
@@ -94,19 +90,6 @@ class Relaxed:
         if name != "mix" or not 0 < fraction <= 1:
             raise PlanError(f'merge is "adopt", "mix" or "mix:a" with 0 < a <= 1; it is {self.merge!r}.')
         return fraction
-
-    def check(self, reduction: Reduction) -> None:
-        """Raise PlanError where gradients would be reduced in a way that rounds have no meaning for."""
-        if reduction.op != "average":
-            raise PlanError(
-                f"{type(self).__name__} averages weights in rounds; op={reduction.op} of gradients does not go with "
-                "it. Use op=Average."
-            )
-        if reduction.predivide != 1.0:
-            raise PlanError(
-                f"{type(self).__name__} sends no gradients that gradient_predivide_factor={reduction.predivide} could "
-                "keep from overflowing. Leave it at 1.0; a round adds in float32."
-            )
 
     def facts(self) -> dict[str, object]:
         """What all ranks must agree on, by name."""

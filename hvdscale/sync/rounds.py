@@ -105,6 +105,11 @@ class Rounds:
         self._courier = ThreadPoolExecutor(1, "hvdscale-rounds") if plan.overlap and channel.concurrent else None
 
     @property
+    def trains(self) -> bool:
+        """Every rank does."""
+        return True
+
+    @property
     def warming_up(self) -> bool:
         """The next step is one of the first, in which gradients are averaged."""
         return self.step < self.plan.warmup

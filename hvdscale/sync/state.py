@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from hvdscale.errors import StateError
-from hvdscale.runtime.channel import Channel
-from hvdscale.sync.relaxed import Relaxed
+from hvdscale.sync.local_plan import LocalPlan
 from hvdscale.sync.tensors import Store
 from hvdscale.update.outer import Float32s
 
@@ -18,12 +17,19 @@ __all__ = ["check_origin", "copy_into", "origin"]
 _FORMAT = "hvdscale-rounds-v1"
 
 
-def origin(plan: Relaxed, store: Store, channel: Channel) -> dict[str, Any]:
+class Members(Protocol):
+    """The ranks that agree, and this one's position among them."""
+
+    rank: int
+    size: int
+
+
+def origin(plan: LocalPlan, store: Store, members: Members) -> dict[str, Any]:
     """What a state must share with the rounds it is loaded into."""
     return {
         "format": _FORMAT,
-        "rank": channel.rank,
-        "ranks": channel.size,
+        "rank": members.rank,
+        "ranks": members.size,
         "plan": {name: str(value) for name, value in plan.facts().items()},
         "tensors": [[spec.name, list(spec.shape), spec.dtype] for spec in store.weights.specs],
     }
