@@ -1,4 +1,4 @@
-"""Training alone between rounds: what runs around the step of a Keras optimizer with a plan of the relaxed family."""
+"""Training alone: what runs around the step of a Keras optimizer with a plan in which weights meet, not gradients."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import numpy as np
 
 from hvdscale.keras.backend import verbs
 from hvdscale.keras.store import KerasStore, check_reset
-from hvdscale.sync import Relaxed
+from hvdscale.sync import LocalPlan, begin
 from hvdscale.sync.handle import LocalSync
-from hvdscale.sync.rounds import Rounds
 
 __all__ = ["LocalTraining"]
 
 
 class LocalTraining:
-    """Each rank steps on its own gradients; weights meet in rounds. Made by all ranks of ``process_set`` alike.
+    """Each rank steps on its own gradients; weights meet. Made by all ranks of ``process_set`` alike.
 
     Args:
         plan: when and how.
@@ -30,18 +29,24 @@ class LocalTraining:
         PlanError: more fragments than variables, or moments that cannot be reset.
     """
 
-    def __init__(self, plan: Relaxed, optimizer: Any, variables: Sequence[Any], model: Any, process_set: Any) -> None:
+    def __init__(self, plan: LocalPlan, optimizer: Any, variables: Sequence[Any], model: Any, process_set: Any) -> None:
         if plan.state == "reset":
             check_reset(optimizer)
         self._store = KerasStore(optimizer, variables, model, with_moments=plan.state != "keep")
-        self._rounds = Rounds(plan, self._store, verbs.open_channel(process_set, patient=plan.overlap > 0))
+        self._plan = plan
+        self._engine = begin(
+            plan,
+            self._store,
+            lambda patient: verbs.open_channel(process_set, patient),
+            lambda: verbs.open_post(process_set),
+        )
         self._optimizer = optimizer
         self._calls = 0
-        self.sync: LocalSync[Any] = LocalSync(self._rounds, self._store, verbs.tensor)
+        self.sync: LocalSync[Any] = LocalSync(self._engine, self._store, verbs.tensor)
 
     @property
     def has_warmup(self) -> bool:
-        return self._rounds.plan.warmup > 0
+        return self._plan.warmup > 0
 
     @property
     def variables(self) -> list[Any]:
@@ -55,11 +60,11 @@ class LocalTraining:
 
     def begin(self) -> None:
         """Before the first step, eagerly: the weights are the anchor."""
-        self._rounds.before_step()
+        self._engine.before_step()
 
     def warming_up(self) -> bool:
         """Whether gradients are averaged in the step to come."""
-        return self._rounds.warming_up
+        return self._engine.warming_up
 
     def after_step(self) -> None:
         """Count this step, and hold the rounds that are due; in a graph, when it runs."""
@@ -70,20 +75,20 @@ class LocalTraining:
         self._calls += 1
         if self._calls % (self._optimizer.gradient_accumulation_steps or 1):
             return False  # no update yet
-        if self._rounds.meets_next:
+        if self._engine.meets_next:
             return True
-        self._rounds.after_step()
+        self._engine.after_step()
         return False
 
     def meet(self) -> None:
         """Count a step and hold its rounds, on the variables themselves."""
-        self._rounds.after_step()
+        self._engine.after_step()
 
     def meet_on(self, lr: np.ndarray, *values: np.ndarray) -> list[np.ndarray]:
         """Count a step and hold its rounds, on the values of ``variables``; the values afterwards."""
         self._store.stage(float(lr), values)
         try:
-            self._rounds.after_step()
+            self._engine.after_step()
         finally:
             results = self._store.unstage()
         return [np.ascontiguousarray(result) for result in results]

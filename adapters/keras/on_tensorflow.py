@@ -14,7 +14,7 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 import hvdscale.tensorflow as hvd
 from hvdscale.sync import Reduction
 from hvdscale.tensorflow import sync
-from hvdscale.tensorflow.channel import open_channel
+from hvdscale.tensorflow.channel import open_channel, open_post
 from hvdscale.tensorflow.kinds import in_kind, kind_of
 from hvdscale.tensorflow.messages import exchanges
 from hvdscale.tensorflow.runtime import control, world
@@ -36,6 +36,7 @@ __all__ = [
     "only_if",
     "op_name",
     "open_channel",
+    "open_post",
     "reduce_gradients",
     "run_between_steps",
     "scaled",

@@ -12,7 +12,7 @@ import torch
 
 import hvdscale.torch as hvd
 from hvdscale.sync import Kind
-from hvdscale.torch.channel import open_channel
+from hvdscale.torch.channel import open_channel, open_post
 from hvdscale.torch.gradients import HOROVOD_OPS, reduce_gradients
 from hvdscale.torch.runtime import control, world
 
@@ -32,6 +32,7 @@ __all__ = [
     "only_if",
     "op_name",
     "open_channel",
+    "open_post",
     "reduce_gradients",
     "run_between_steps",
     "scaled",

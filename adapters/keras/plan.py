@@ -9,7 +9,7 @@ from typing import Any
 from hvdscale.errors import PlanError
 from hvdscale.keras.backend import verbs
 from hvdscale.keras.replicas import path_of
-from hvdscale.sync import EveryStep, Reduction, Relaxed, read_groups
+from hvdscale.sync import EveryStep, LocalPlan, Reduction, read_groups
 
 __all__ = ["Distribution"]
 
@@ -36,7 +36,7 @@ class Distribution:
     average_passes: bool
     scale_local: bool
     name: str
-    agreement: EveryStep | Relaxed
+    agreement: EveryStep | LocalPlan
 
     @classmethod
     def of(
@@ -60,10 +60,10 @@ class Distribution:
             PlanError: a value that cannot be.
         """
         agreement = EveryStep() if sync is None else sync
-        if not isinstance(agreement, (EveryStep, Relaxed)):
+        if not isinstance(agreement, (EveryStep, LocalPlan)):
             raise PlanError(
-                f"sync takes EveryStep(), LocalSGD(...), DiLoCo(...) or SlowMo(...), got {sync!r}. Leave it out for an "
-                "all-reduce each step."
+                f"sync takes EveryStep(), LocalSGD(...), DiLoCo(...), SlowMo(...) or ParameterServer(...), got "
+                f"{sync!r}. Leave it out for an all-reduce each step."
             )
         number, lists = read_groups(groups)
         reduction = Reduction(
@@ -74,7 +74,7 @@ class Distribution:
             sparse_as_dense=sparse_as_dense,
         )
         agreement.check(reduction)
-        if isinstance(agreement, Relaxed) and compression is not verbs.hvd.Compression.none:
+        if isinstance(agreement, LocalPlan) and compression is not verbs.hvd.Compression.none:
             raise PlanError(
                 'Rounds have a wire format of their own. Leave compression out, and say wire="fp16" in the plan.'
             )

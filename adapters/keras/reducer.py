@@ -14,7 +14,7 @@ from hvdscale.keras.first_weights import has_weights, when_built
 from hvdscale.keras.local import LocalTraining
 from hvdscale.keras.plan import Distribution
 from hvdscale.keras.replicas import agree_on, broadcast_variables, model_state, path_of
-from hvdscale.sync import Kind, Reduction, Relaxed, common_kinds
+from hvdscale.sync import Kind, LocalPlan, ParameterServer, Reduction, common_kinds
 from hvdscale.sync.handle import SteadySync, Sync
 
 __all__ = ["Reducer"]
@@ -51,8 +51,8 @@ class Reducer:
 
     @property
     def relaxed(self) -> bool:
-        """Whether this rank trains alone between rounds, in which it takes part."""
-        return isinstance(self.plan.agreement, Relaxed) and bool(self.plan.process_set.included())
+        """Whether weights meet, not gradients, and this rank takes part."""
+        return isinstance(self.plan.agreement, LocalPlan) and bool(self.plan.process_set.included())
 
     def sync_of(self, optimizer: Any) -> Sync[Any]:
         """What ``optimizer.sync`` is.
@@ -70,13 +70,20 @@ class Reducer:
                     "There is nothing to agree on yet: the model has no variables. Build it, or make a step, first."
                 )
             self._resumed = self._resumed or not self._compared
+            if isinstance(self.plan.agreement, ParameterServer) and not self._compared:
+                self.prepare(optimizer, [None] * len(variables), variables, serves=self._set_aside)
             return self.local_training(optimizer, variables).sync
         return SteadySync(lambda: {path_of(v): verbs.tensor(v) for v in optimizer._trainable_variables})
+
+    @property
+    def _set_aside(self) -> bool:
+        plan, ranks = self.plan.agreement, self.plan.process_set
+        return isinstance(plan, ParameterServer) and ranks.rank() not in plan.worker_ranks(ranks.size())
 
     def local_training(self, optimizer: Any, variables: Sequence[Any]) -> LocalTraining:
         """The rounds of this optimizer, made when they are first needed, on all ranks."""
         if self._training is None:
-            assert isinstance(self.plan.agreement, Relaxed)
+            assert isinstance(self.plan.agreement, LocalPlan)
             with verbs.eager():
                 self._training = LocalTraining(
                     self.plan.agreement, optimizer, variables, self._given_model, self.plan.process_set
@@ -114,8 +121,12 @@ class Reducer:
         broadcast_variables(weights, self._root, self.plan.process_set)
         self._shared = True
 
-    def prepare(self, optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
-        """Build the optimizer, agree, and copy the first rank's state: before these variables' first update."""
+    def prepare(self, optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any], serves: bool = False) -> None:
+        """Build the optimizer, agree, and copy the first rank's state: before these variables' first update.
+
+        Raises:
+            PlanError: this rank is set aside to serve, and not ``serves``.
+        """
         if self._compared and (all(id(v) in self._kinds for v in variables) or not self.exchanges):
             return
         if not verbs.initialised(variables):
@@ -134,7 +145,9 @@ class Reducer:
             self._model = None
             self._compared = True
             if self.relaxed:
-                self.local_training(getattr(optimizer, "inner_optimizer", optimizer), variables).begin()
+                training = self.local_training(getattr(optimizer, "inner_optimizer", optimizer), variables)
+                if not serves:
+                    training.begin()
 
     @property
     def _root(self) -> int:
@@ -151,6 +164,11 @@ class Reducer:
         facts = {"optimizer": self.kind, **self.plan.facts()}
         agree_on("the optimizer's variables", variables, facts, self.plan.process_set)
         own = [self._kind(g) for g in gradients]
+        if isinstance(self.plan.agreement, ParameterServer):
+            # A rank set aside has no gradients, and may come here before the first step, as one that resumes does.
+            own = [Kind.DENSE] * len(own)
+            flags = verbs.control(self.plan.process_set).allgather(bytes([self._resumed]))
+            self._resumed = any(map(any, flags))
         kinds = common_kinds(own, verbs.control(self.plan.process_set))
         self._kinds.update((id(v), kind) for v, kind in zip(variables, kinds, strict=True))
         self._compared = True

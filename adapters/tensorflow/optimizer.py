@@ -10,7 +10,7 @@ from horovod.tensorflow.gradient_aggregation import LocalGradientAggregationHelp
 from horovod.tensorflow.mpi_ops import Adasum, Average, ProcessSet, global_process_set, rank
 
 from hvdscale.errors import PlanError
-from hvdscale.sync import EveryStep, Relaxed
+from hvdscale.sync import EveryStep, LocalPlan
 from hvdscale.tensorflow.gradients import GradientSync, Groups
 from hvdscale.tensorflow.wire import Compression
 
@@ -34,7 +34,7 @@ def DistributedOptimizer(
     process_set: ProcessSet = global_process_set,
     scale_local_gradients: bool = True,
     *,
-    sync: EveryStep | Relaxed | None = None,
+    sync: EveryStep | LocalPlan | None = None,
     model: Any = None,
 ) -> Any:
     """An optimizer that reduces gradients over ranks before it applies them.

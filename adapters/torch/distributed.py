@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from hvdscale.errors import DesyncError, PlanError, StateError
 from hvdscale.runtime.agreement import Fingerprint, agree
-from hvdscale.sync import Relaxed
+from hvdscale.sync import LocalPlan
 from hvdscale.sync.handle import SteadySync, Sync
 from hvdscale.torch.adasum import DeltaReducer
 from hvdscale.torch.local import LocalTraining
@@ -177,8 +177,8 @@ def distribute(
 
 
 def _takes_part(terms: Terms) -> bool:
-    """Rounds are held by a rank alone, too: its outer optimizer is part of the method."""
-    exchanges = terms.process_set.size() > 1 or elastic() or isinstance(terms.plan, Relaxed)
+    """Weights meet on a rank alone, too: its outer optimizer is part of the method."""
+    exchanges = terms.process_set.size() > 1 or elastic() or isinstance(terms.plan, LocalPlan)
     return bool(terms.process_set.included()) and exchanges
 
 
@@ -200,7 +200,7 @@ def _watch(optimizer: Optimizer, held: Attachment) -> None:
     survey = _survey(terms) if held.asks else None
     if terms.reduction.op == "adasum":
         held.exchange = DeltaReducer(terms.reduction, **common)
-    elif isinstance(terms.plan, Relaxed):
+    elif isinstance(terms.plan, LocalPlan):
         warm = terms.plan.warmup > 0 and terms.process_set.size() > 1
         reducer = Reducer(terms.reduction, sparse=held.sparse, survey=survey, **common) if warm else None
         held.exchange = LocalTraining(terms.plan, optimizer, held.model, terms.process_set, reducer)

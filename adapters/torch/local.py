@@ -1,4 +1,4 @@
-"""Training alone between rounds: what runs around the step of an optimizer with a plan of the relaxed family."""
+"""Training alone: what runs around the step of an optimizer with a plan in which weights meet, not gradients."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from horovod.torch import ProcessSet
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hvdscale.sync import Relaxed
+from hvdscale.sync import LocalPlan, begin
 from hvdscale.sync.handle import LocalSync
-from hvdscale.sync.rounds import Rounds
 from hvdscale.torch.broadcast import broadcast_parameters
-from hvdscale.torch.channel import open_channel
+from hvdscale.torch.channel import open_channel, open_post
 from hvdscale.torch.reducer import Reducer
 from hvdscale.torch.store import TorchStore
 
@@ -21,7 +20,7 @@ __all__ = ["LocalTraining"]
 
 
 class LocalTraining:
-    """Each rank steps on its own gradients; weights meet in rounds.
+    """Each rank steps on its own gradients; weights meet.
 
     Args:
         plan: when and how.
@@ -33,7 +32,7 @@ class LocalTraining:
 
     def __init__(
         self,
-        plan: Relaxed,
+        plan: LocalPlan,
         optimizer: Optimizer,
         model: nn.Module | None,
         process_set: ProcessSet,
@@ -45,7 +44,6 @@ class LocalTraining:
         self._process_set = process_set
         self._reducer = reducer
         self._named: list[tuple[str, Tensor]] = []
-        self._channel = open_channel(process_set, patient=plan.overlap > 0)
         self.passes = 1 if reducer is None else reducer.passes
         self.sync: LocalSync[Tensor]
 
@@ -65,8 +63,13 @@ class LocalTraining:
             self._reducer.add(named)
         if first:
             self._store = self._trainable()
-            self._rounds = Rounds(self._plan, self._store, self._channel)
-            self.sync = LocalSync(self._rounds, self._store, torch.from_numpy)
+            self._engine = begin(
+                self._plan,
+                self._store,
+                lambda patient: open_channel(self._process_set, patient),
+                lambda: open_post(self._process_set),
+            )
+            self.sync = LocalSync(self._engine, self._store, torch.from_numpy)
         else:
             root = (self._process_set.ranks or [0])[0]
             broadcast_parameters([p for _, p in named], root, self._process_set)
@@ -97,13 +100,13 @@ class LocalTraining:
         self.synchronize()
         if [s.name for s in self._store.weights.specs] != [s.name for s in self._trainable().weights.specs]:
             self._renew()  # frozen or unfrozen since
-        self._rounds.before_step()
+        self._engine.before_step()
 
     def after_step(self) -> None:
         if self._reducer is not None:
             self._reducer.after_step()
-        self._rounds.after_step()
-        if self._reducer is not None and not self._rounds.warming_up:
+        self._engine.after_step()
+        if self._reducer is not None and not self._engine.warming_up:
             self._reducer.stop()
             self._reducer = None
 
@@ -118,5 +121,5 @@ class LocalTraining:
 
     def _renew(self) -> None:
         self._store = self._trainable()
-        self._rounds = self._rounds.over(self._store)
-        self.sync.resume(self._rounds, self._store)
+        self._engine = self._engine.over(self._store)
+        self.sync.resume(self._engine, self._store)

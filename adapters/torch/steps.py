@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hvdscale._version import __version__
-from hvdscale.sync import EveryStep, Reduction, Relaxed
+from hvdscale.sync import EveryStep, LocalPlan, Reduction
 
 __all__ = ["Attachment", "Exchange", "Terms", "after_step", "before_step"]
 
@@ -23,7 +23,7 @@ class Terms:
     """How one optimizer's gradients are reduced: what all ranks must agree on."""
 
     reduction: Reduction
-    plan: EveryStep | Relaxed
+    plan: EveryStep | LocalPlan
     compression: Any
     process_set: ProcessSet
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hvdscale.errors import PlanError
-from hvdscale.sync import EveryStep, Reduction, Relaxed
+from hvdscale.sync import EveryStep, LocalPlan, Reduction
 from hvdscale.torch import amp
 from hvdscale.torch.adasum import check_adasum
 from hvdscale.torch.broadcast import broadcast_optimizer_state, broadcast_parameters
@@ -44,7 +44,7 @@ def DistributedOptimizer(
     sparse_as_dense: bool = False,
     process_set: ProcessSet = global_process_set,
     *,
-    sync: EveryStep | Relaxed | None = None,
+    sync: EveryStep | LocalPlan | None = None,
     model: nn.Module | ShardedModel | None = None,
 ) -> AnyOptimizer:
     """Make ``optimizer`` step on gradients reduced over all ranks. Collective.
@@ -83,10 +83,10 @@ def DistributedOptimizer(
     if isinstance(optimizer, DistributedMixin):
         raise PlanError("This optimizer is distributed already; its gradients would be reduced twice. Wrap it once.")
     plan = EveryStep() if sync is None else sync
-    if not isinstance(plan, (EveryStep, Relaxed)):
+    if not isinstance(plan, (EveryStep, LocalPlan)):
         raise PlanError(
-            f"sync takes EveryStep(), LocalSGD(...), DiLoCo(...) or SlowMo(...), got {sync!r}. Leave it out for an "
-            "all-reduce each step."
+            f"sync takes EveryStep(), LocalSGD(...), DiLoCo(...), SlowMo(...) or ParameterServer(...), got "
+            f"{sync!r}. Leave it out for an all-reduce each step."
         )
     if process_set.process_set_id is None:
         raise PlanError(
@@ -116,7 +116,7 @@ def DistributedOptimizer(
         sparse_as_dense=sparse_as_dense,
     )
     plan.check(reduction)
-    if isinstance(plan, Relaxed) and compression is not Compression.none:
+    if isinstance(plan, LocalPlan) and compression is not Compression.none:
         raise PlanError(
             'Rounds have a wire format of their own. Leave compression out, and say wire="fp16" in the plan.'
         )

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 import hvdscale.tensorflow as hvd
-from hvdscale.sync import Reduction, Relaxed
+from hvdscale.sync import LocalPlan, Reduction
 from tests.contract.driver import ContractDriver
 from tests.contract.oracle import HIDDEN, INPUTS, Batch, Weights
 
@@ -56,7 +56,7 @@ class Driver(ContractDriver):
         return _OPTIMIZERS[kind]()
 
     def distribute(self, optimizer: Any, model: Any, **arguments: Any) -> Distributed:
-        if isinstance(arguments.get("sync"), Relaxed):  # rounds follow steps: they belong to the optimizer
+        if isinstance(arguments.get("sync"), LocalPlan):  # what follows steps belongs to the optimizer
             return Distributed(hvd.DistributedOptimizer(optimizer, model=model, **arguments), lambda tape: tape)
         Reduction(passes=arguments.pop("backward_passes_per_step", 1))  # the loop adds up: see ``step``
         before = optimizer.wrap if isinstance(optimizer, Distributed) else lambda tape: tape
