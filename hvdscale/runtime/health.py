@@ -9,17 +9,43 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import Protocol
 
-__all__ = ["WhoLeft", "abort", "end_job_on_error", "is_echo"]
+__all__ = [
+    "WhoLeft",
+    "abort",
+    "end_alone",
+    "end_job_on_error",
+    "forget",
+    "is_echo",
+    "on_error",
+    "survivable",
+]
 
 WhoLeft = Callable[[float], Sequence[int]]
 """Given some seconds of patience, the ranks known to have left the job."""
 
+
+class Leaver(Protocol):
+    """What the other ranks may need of this one."""
+
+    def dispensable(self) -> bool:
+        """Whether they can do without its training."""
+        ...
+
+    def leave(self) -> None:
+        """Give them what they still need, for as long as they do."""
+        ...
+
+
 _hooked = False
+_leavers: list[Leaver] = []
 _who_left: WhoLeft = lambda patience_seconds: ()  # noqa: E731
 
 # How long a rank whose collective broke keeps quiet: the rank that broke it speaks, and the launcher ends the job.
 ECHO_SECONDS = 3.0
+
+_RECOVERY = "OMPI_MCA_orte_enable_recovery"
 
 # How long the launcher gets to pass the traceback on, before it is told to end the job and prints its own lines.
 FORWARD_SECONDS = 0.3
@@ -45,9 +71,16 @@ def end_job_on_error(rank: int, end: Callable[[int], None], who_left: WhoLeft = 
             cause = _wait_for_the_cause() if is_echo(kind.__name__, str(error)) else ""
             text = "".join(traceback.format_exception(kind, error, where))
             sys.stdout.flush()
+            leavers = list(_leavers)
+            alone = bool(leavers) and all(leaver.dispensable() for leaver in leavers)
+            deed = "left the job, which goes on" if alone else "ended the job"
             # One write, so that no other rank's line falls into it.
-            sys.stderr.write(f"\n[rank {rank}] ended the job:\n{text}{cause}")
+            sys.stderr.write(f"\n[rank {rank}] {deed}:\n{text}{cause}")
             sys.stderr.flush()
+            if alone:
+                for leaver in leavers:
+                    leaver.leave()
+                end_alone(1)
             time.sleep(FORWARD_SECONDS)
         end(1)
 
@@ -76,6 +109,29 @@ def _wait_for_the_cause() -> str:
         return f"rank{'s' * (len(left) > 1)} {names} had left the job (sys.exit or the end of the script).\n"
     time.sleep(max(0.0, ECHO_SECONDS - (time.monotonic() - start)))
     return ""
+
+
+def on_error(leaver: Leaver) -> None:
+    """Ask it before an error of this rank ends the job."""
+    _leavers.append(leaver)
+
+
+def forget(leaver: Leaver) -> None:
+    """Do not ask it any more."""
+    if leaver in _leavers:
+        _leavers.remove(leaver)
+
+
+def survivable() -> bool:
+    """Whether the launcher lets a job go on when one of its processes ends: ``mpirun --enable-recovery`` does."""
+    return os.environ.get(_RECOVERY) == "1"
+
+
+def end_alone(code: int) -> None:
+    """End this process now, and only this one: nothing may wait for ranks that are gone, or go on without it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def abort(code: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hvdscale.errors import TransportError
+from hvdscale.runtime import health
 from hvdscale.runtime.post import Post, Ticket
 from hvdscale.runtime.presence import News, Presence
 
@@ -44,20 +46,21 @@ class Service:
 
     Args:
         post: among the ranks that ask each other.
-        keep_going: positions of ranks without which the others go on. Any other that leaves before it is done ends
-            the work of all.
+        keep_going: the others go on when a rank leaves before it is done, unless it is one of ``needed``. Otherwise
+            any such rank ends the work of all.
+        needed: positions of ranks whose answers nobody can do without.
         patience_seconds: a rank not heard of for so long is gone.
     """
 
-    def __init__(self, post: Post, keep_going: Sequence[int], patience_seconds: float) -> None:
+    def __init__(self, post: Post, keep_going: bool, needed: Sequence[int], patience_seconds: float) -> None:
         self.cpu_seconds = 0.0  # of the thread
         self.idle = True  # nothing is left to do: this rank may leave
         self._post = post
-        self._dispensable = set(keep_going)
+        self._keep_going, self._needed = keep_going, set(needed)
         self._patience_seconds = patience_seconds
         self._presence = Presence(post, _NEWS, patience_seconds)
         self._server: Server | None = None
-        self._own: queue.SimpleQueue[Bytes | Server | None] = queue.SimpleQueue()  # what this rank asks itself
+        self._own: queue.SimpleQueue[Bytes | Server | News | None] = queue.SimpleQueue()  # what this rank asks itself
         self._to_self: queue.SimpleQueue[Bytes] = queue.SimpleQueue()
         self._incoming: list[tuple[Ticket, int, Bytes]] = []
         self._outgoing: list[tuple[Ticket, int, Bytes]] = []
@@ -66,6 +69,9 @@ class Service:
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="hvdscale-service", daemon=True)
         self._thread.start()
+        atexit.register(self._at_exit)
+        if keep_going and health.survivable():
+            health.on_error(self)
 
     @property
     def sent_bytes(self) -> int:
@@ -119,7 +125,8 @@ class Service:
             raise TransportError(f"The thread that answers other ranks ended: {self._broken!r}") from self._broken
         presence = self._presence
         for rank, how in [*presence.gone.items(), *presence.stopped.items()]:
-            if rank not in self._dispensable and rank not in presence.done:
+            kept_going = self._keep_going and (rank not in self._needed or rank not in presence.gone)
+            if rank not in presence.done and not kept_going:
                 raise TransportError(how)
 
     @property
@@ -133,12 +140,43 @@ class Service:
             return
         self._closing.set()
         self._own.put(None)
+        atexit.unregister(self._at_exit)
+        health.forget(self)
         if threading.current_thread() is not self._thread:
             self._thread.join(self._patience_seconds)
         if self.idle and not self._thread.is_alive():
             self._presence.say(News.DONE)
             time.sleep(_GOODBYE_SECONDS if self._post.size > 1 else 0)
         self._post.close()
+
+    def linger(self) -> None:
+        """Ask nothing any more, before all was done; but answer as long as anyone asks."""
+        self._own.put(News.STOPPED)
+        while len(self._presence.gone) < self._post.size - 1 and self._broken is None:
+            time.sleep(_GOODBYE_SECONDS)
+
+    def _at_exit(self) -> None:
+        """The script has ended: the service runs before Horovod's own end, which waits for ranks that may be gone."""
+        alone = self._keep_going and health.survivable() and (self.missing or not self.idle)
+        if not self.idle and self._keep_going and self._server is not None:
+            self.linger()
+        self.close()
+        if alone:
+            health.end_alone(0)
+
+    def dispensable(self) -> bool:
+        """Whether the others can go on without what this rank asks."""
+        try:
+            self.check()
+        except TransportError:
+            return False
+        return True
+
+    def leave(self) -> None:
+        """This rank's script has failed: answer as long as anyone asks, and end."""
+        if self._server is not None:
+            self.linger()
+        self.close()
 
     # The thread -----------------------------------------------------------------------------------------------
 
@@ -162,6 +200,10 @@ class Service:
             return
         if isinstance(asked, np.ndarray):
             self._answer(self._post.rank, asked)
+        elif isinstance(asked, News):
+            self._presence.say(asked)
+            if self._server is not None:
+                self._send(self._server.lose(self._post.rank))
         elif asked is not None:
             self._server = asked
             for rank in {*self._presence.gone, *self._presence.stopped}:

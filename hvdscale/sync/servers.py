@@ -45,8 +45,7 @@ class Servers:
         self.places = {server: slice(ends[i], ends[i + 1]) for i, server in enumerate(servers)}
         self.trains = post.rank in self._workers
         self.rank = post.ranks[post.rank]
-        dispensable = set(self._workers) - set(servers) if plan.on_failure == "continue" else set()
-        self.service = Service(post, sorted(dispensable), plan.patience_seconds)
+        self.service = Service(post, plan.on_failure == "continue", servers, plan.patience_seconds)
 
     def begin(self, values: Float32s) -> None:
         """All weights are float32[total]: serve this rank's part of them, if it has one."""
