@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 LAUNCHERS: dict[str, list[str]] = {
     "mpirun": ["mpirun", "--bind-to", "none", "--oversubscribe"],
+    "mpirun-recovery": ["mpirun", "--bind-to", "none", "--oversubscribe", "--enable-recovery"],
     "horovodrun": ["horovodrun", "--mpi"],
     "horovodrun-gloo": ["horovodrun", "--gloo"],
     "alone": [],

@@ -1,0 +1,122 @@
+"""A worker under a parameter server stops or dies: the others hear of it soon, and end, or go on without it."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+
+from tests.launcher import Finished, launch
+
+PATIENCE_SECONDS = 2
+BOUND_SECONDS = 30  # on an idle machine about PATIENCE_SECONDS; this only tells a job that ends from one that hangs
+
+TORCH = """
+import os, signal, sys, time, torch, hvdscale.torch as hvd
+hvd.init()
+torch.manual_seed(0)
+model = torch.nn.Linear(4, 4)
+plan = hvd.ParameterServer({staleness}, servers=1, on_failure="{on_failure}", patience_seconds={patience})
+optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), model=model, sync=plan)
+for step in range(30):
+    if step == 5:
+        print(f"failing at {{time.time()}}", flush=True)
+        {deeds}
+    time.sleep(0.02)
+    model(torch.ones(1, 4)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+optimizer.sync.flush()
+lost = int(optimizer.sync.metrics()["ranks_lost"])
+print(f"rank {{hvd.rank()}} finished with {{lost}} lost, weights {{model.weight.sum().item():.6f}}", flush=True)
+"""
+
+KERAS = """
+import os, signal, keras, numpy as np, time, hvdscale.keras as hvd
+hvd.init()
+keras.utils.set_random_seed(0)
+model = keras.Sequential([keras.Input([4]), keras.layers.Dense(4)])
+plan = hvd.ParameterServer({staleness}, servers=1, on_failure="{on_failure}", patience_seconds={patience})
+model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.01), model=model, sync=plan), "mse")
+
+def at_step(step, logs):
+    if step == 5:
+        print(f"failing at {{time.time()}}", flush=True)
+        {deeds}
+    time.sleep(0.02)
+
+data = np.ones([120, 4], "float32")
+watch = keras.callbacks.LambdaCallback(on_train_batch_begin=at_step)
+model.fit(data, data, batch_size=4, verbose=0, callbacks=[watch])
+model.optimizer.sync.flush()
+lost = int(model.optimizer.sync.metrics()["ranks_lost"])
+print(f"rank {{hvd.rank()}} finished with {{lost}} lost, weights {{model.get_weights()[0].sum():.6f}}", flush=True)
+"""
+
+KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+def run(
+    body: str,
+    deeds: dict[int, str],
+    on_failure: str,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    ranks: int = 3,
+    launcher: str = "mpirun-recovery",
+    staleness: int | None = 4,
+) -> Finished:
+    """Train; ``deeds`` says by rank what it does at step 5. Shows how long after that the job was over."""
+    text = "\n        ".join(f"if hvd.rank() == {rank}: {deed}" for rank, deed in deeds.items())
+    script = body.format(deeds=text, on_failure=on_failure, staleness=staleness, patience=PATIENCE_SECONDS)
+    env = {"KERAS_BACKEND": "tensorflow"} if "keras" in body else {}
+    finished = launch(["-c", script], ranks=ranks, launcher=launcher, env=env, deadline_seconds=120)
+    seconds = time.time() - max(map(float, re.findall(r"failing at ([\d.]+)", finished.output)))
+    with capsys.disabled():
+        print(f"\n{on_failure}, {deeds}: the job was over {seconds:.1f} s later", end=" ")
+    assert seconds < BOUND_SECONDS, finished.output
+    return finished
+
+
+STOPS = [
+    ("mpirun", "sys.exit(3)", "rank 2 left the job"),
+    ("mpirun-recovery", KILLED, f"rank 2 has given no sign of life for {PATIENCE_SECONDS} s"),
+]
+
+
+@pytest.mark.parametrize(("launcher", "deed", "said"), STOPS, ids=["sys.exit", "kill -9"])
+def test_with_stop_the_job_ends_and_names_it(
+    launcher: str, deed: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished = run(TORCH, {2: deed}, "stop", capsys, launcher=launcher)
+    assert finished.returncode not in (None, 0), finished.output
+    assert said in finished.output
+    assert "finished" not in finished.output
+
+
+@pytest.mark.parametrize("body", [TORCH, KERAS], ids=["torch", "keras-tensorflow"])
+def test_with_continue_the_others_go_on(body: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One is killed, one fails with an error of its own: two of four end with the same weights."""
+    deeds = {3: KILLED, 2: 'raise ValueError("broken on purpose")'}
+    finished = run(body, deeds, "continue", capsys, ranks=4)
+    assert finished.returncode == 0, finished.output
+    ends = re.findall(r"rank (\d) finished with 2 lost, weights (\S+)", finished.output)
+    assert sorted(rank for rank, _ in ends) == ["0", "1"], finished.output
+    assert len({weights for _, weights in ends}) == 1
+    assert finished.output.count("[rank 2] left the job, which goes on") == 1, finished.output
+    assert finished.output.count("ValueError: broken on purpose") == 1
+
+
+def test_a_rank_whose_script_fails_goes_on_serving(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rank 0 holds the weights: its error is printed, and its thread answers until the others are done."""
+    finished = run(TORCH, {0: 'raise ValueError("broken on purpose")'}, "continue", capsys, staleness=0)
+    assert "[rank 0] left the job, which goes on" in finished.output
+    assert len(re.findall(r"rank [12] finished with 1 lost", finished.output)) == 2, finished.output
+
+
+def test_weights_lost_with_their_rank_end_the_job(capsys: pytest.CaptureFixture[str]) -> None:
+    finished = run(TORCH, {0: KILLED}, "continue", capsys)
+    assert finished.returncode not in (None, 0), finished.output
+    assert f"rank 0 has given no sign of life for {PATIENCE_SECONDS} s" in finished.output
+    assert "finished" not in finished.output
