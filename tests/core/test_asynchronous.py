@@ -169,6 +169,7 @@ def test_samples_weigh() -> None:
             array += transport.rank
         trainer.engine.tell(loss=1.0, samples=16 + 32 * transport.rank)
         trainer.engine.after_step()
+        trainer.engine.flush()
         return trainer.flat()
 
     for weights in on_ranks(2, body):
@@ -183,7 +184,9 @@ def test_weights_in_half_precision_have_shared_ones_in_float32() -> None:
         before = np.concatenate([w.ravel() for w in sync.outer_weights().values()])
         for _ in range(20):
             trainer.engine.after_step()  # a step that moved nothing
-        return before, np.concatenate([w.ravel() for w in sync.outer_weights().values()]), trainer.flat()
+        after = np.concatenate([w.ravel() for w in sync.outer_weights().values()])
+        sync.flush()
+        return before, after, trainer.flat()
 
     for before, after, weights in on_ranks(2, body):
         np.testing.assert_allclose(after, before, atol=1e-7)
