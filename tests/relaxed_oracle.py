@@ -43,7 +43,7 @@ def trajectory(
     start: Array,
     pieces: Sequence[slice],
     steps: int,
-    every: int,
+    every: int | Callable[[int], int],
     inner: Callable[[], Any] = Momentum,
     *,
     warmup: int = 0,
@@ -51,17 +51,30 @@ def trajectory(
     overlap: int = 0,
     mixing: float = 1.0,
     average_moments: bool = False,
+    nodes: Sequence[Sequence[int]] = (),
+    across: int = 1,
+    matrix: Callable[[int], Array] | None = None,
     flush: bool = True,
 ) -> Array:
     """Weights of every rank, [ranks, n], after ``steps`` steps, and a flush if asked for.
 
+    ``every`` is a number of steps, or the length of the period that begins after ``step`` steps.
     ``gradients`` has one function a rank, ``pieces`` the fragments, ``inner`` makes an optimizer for each rank.
+    ``nodes`` meet at every round, all ranks at every ``across``-th. With ``matrix``, rank ``i`` takes
+    ``matrix(round)[i, j]`` of rank ``j`` instead.
     """
     optimizers = [inner() for _ in gradients]
     x = np.stack([start] * len(gradients))
     anchor, slow = start.copy(), np.zeros_like(start)
-    first = [warmup + -(-every * (i + 1) // len(pieces)) for i in range(len(pieces))]
+    period = every if callable(every) else lambda step: every
+    due = [warmup + -(-period(warmup) * (i + 1) // len(pieces)) for i in range(len(pieces))]
+    over = [False] * len(pieces)  # a period has just ended
+    count = [0] * len(pieces)
     in_flight: list[tuple[int, slice, Array, Array]] = []
+
+    def inside(part: slice) -> None:
+        for node in nodes:
+            x[list(node), part] = x[list(node), part].mean(axis=0)
 
     def move(part: slice, mean: Array) -> None:
         kind, rate, beta = outer
@@ -79,11 +92,28 @@ def trajectory(
         for landing in [flight for flight in in_flight if flight[0] == step]:
             in_flight.remove(landing)
             _, part, sent, mean = landing
+            if matrix is not None:
+                x[:, part] += mixing * (mean - sent)
+                continue
             move(part, mean)
             x[:, part] += mixing * (anchor[part] - sent)
         for i, part in enumerate(pieces):
-            if step >= first[i] and (step - first[i]) % every == 0:
+            over[i] = False
+            if step == due[i]:
+                due[i] += period(step)
+                inside(part)
+                count[i] += 1
+                if count[i] % across:
+                    continue
+                over[i] = True
                 sent = x[:, part].copy()
+                if matrix is not None:
+                    mean = matrix(count[i] - 1) @ sent
+                    if overlap:
+                        in_flight.append((step + overlap, part, sent, mean))
+                    else:
+                        x[:, part] += mixing * (mean - sent)
+                    continue
                 mean = (anchor[part] - sent).mean(axis=0)
                 if overlap:
                     in_flight.append((step + overlap, part, sent, mean))
@@ -95,12 +125,16 @@ def trajectory(
                         together = np.mean([o.moments[moment][part] for o in optimizers], axis=0)
                         for optimizer in optimizers:
                             optimizer.moments[moment][part] = together
-    if flush and steps > warmup:
+    if flush and matrix is not None:
+        for _, part, sent, mean in in_flight:
+            x[:, part] += mixing * (mean - sent)
+        x[:] = x.mean(axis=0)
+    elif flush and steps > warmup:
         for _, part, sent, mean in in_flight:
             move(part, mean)
             x[:, part] += mixing * (anchor[part] - sent)
         for i, part in enumerate(pieces):
-            if steps < first[i] or (steps - first[i]) % every:
+            if not over[i]:
                 move(part, (anchor[part] - x[:, part]).mean(axis=0))
             x[:, part] = anchor[part]
     return x

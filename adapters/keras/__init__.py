@@ -15,6 +15,7 @@ from hvdscale.keras.values import allgather, allreduce, broadcast, broadcast_glo
 from hvdscale.sync import (
     DiLoCo,
     EveryStep,
+    Gossip,
     LocalSGD,
     ParameterServer,
     Reduction,
@@ -73,6 +74,7 @@ __all__ = [
     "DiLoCo",
     "DistributedOptimizer",
     "EveryStep",
+    "Gossip",
     "HvdscaleError",
     "LocalSGD",
     "Max",

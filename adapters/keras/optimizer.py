@@ -73,8 +73,8 @@ def DistributedOptimizer(
         process_set: ranks that take part; others apply their own gradients.
         scale_local_gradients: divide gradients of local variables by the number of ranks.
         sync: when ranks agree, and on what: ``EveryStep()`` when left out, or ``LocalSGD(...)``, ``DiLoCo(...)``,
-            ``SlowMo(...)``, which let each rank train alone between rounds. ``optimizer.sync`` then has ``flush()``,
-            ``outer_weights()``, ``metrics()`` and the state to save.
+            ``SlowMo(...)``, ``Gossip(...)``, with which ranks train alone between rounds. ``optimizer.sync`` has
+            ``flush()``, ``outer_weights()``, ``metrics()`` and the state to save.
         model: its weights, and the optimizer's state, are copied from the first rank before the first step: now,
             or, if the first batch builds the model, when that has built it and before it is computed.
             Seed generators are not: dropout differs from rank to rank.

@@ -62,8 +62,8 @@ class Distribution:
         agreement = EveryStep() if sync is None else sync
         if not isinstance(agreement, (EveryStep, LocalPlan)):
             raise PlanError(
-                f"sync takes EveryStep(), LocalSGD(...), DiLoCo(...), SlowMo(...) or ParameterServer(...), got "
-                f"{sync!r}. Leave it out for an all-reduce each step."
+                "sync takes EveryStep(), LocalSGD(...), DiLoCo(...), SlowMo(...), Gossip(...) or ParameterServer(...), "
+                f"got {sync!r}. Leave it out for an all-reduce each step."
             )
         number, lists = read_groups(groups)
         reduction = Reduction(

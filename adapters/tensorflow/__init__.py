@@ -59,6 +59,7 @@ from hvdscale.errors import BuildError, DesyncError, HvdscaleError, PlanError, S
 from hvdscale.sync import (
     DiLoCo,
     EveryStep,
+    Gossip,
     LocalSGD,
     ParameterServer,
     Reduction,
@@ -111,6 +112,7 @@ __all__ = [
     "DistributedGradientTape",
     "DistributedOptimizer",
     "EveryStep",
+    "Gossip",
     "HvdscaleError",
     "LocalGradientAggregationHelper",
     "LocalSGD",

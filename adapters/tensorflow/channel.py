@@ -10,10 +10,12 @@ import numpy as np
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
 
+from hvdscale.errors import PlanError
 from hvdscale.runtime.channel import Channel, HorovodChannel, MPIChannel, SoloChannel
 from hvdscale.runtime.post import Post
 from hvdscale.runtime.post import open_post as _open_post
 from hvdscale.runtime.transport import MPITransport, SoloTransport
+from hvdscale.tensorflow.process_sets import intern
 from hvdscale.tensorflow.runtime import control
 
 __all__ = ["open_channel", "open_post"]
@@ -31,7 +33,7 @@ def open_channel(process_set: ProcessSet = global_process_set, patient: bool = F
         return SoloChannel()
     if isinstance(transport, MPITransport):
         return MPIChannel(transport, patient)
-    return _over_horovod(process_set)
+    return _over_horovod(process_set, next(_numbers))
 
 
 def open_post(process_set: ProcessSet = global_process_set) -> Post:
@@ -39,7 +41,7 @@ def open_post(process_set: ProcessSet = global_process_set) -> Post:
     return _open_post(control(process_set))
 
 
-def _over_horovod(process_set: ProcessSet) -> Channel:
+def _over_horovod(process_set: ProcessSet, number: int) -> Channel:
     def add(values: np.ndarray, name: str) -> np.ndarray:
         total = _horovod.allreduce(tf.constant(values), name=name, op=_horovod.Sum, process_set=process_set)
         return np.asarray(total)
@@ -50,8 +52,17 @@ def _over_horovod(process_set: ProcessSet) -> Channel:
     def scatter(rows: np.ndarray, name: str) -> np.ndarray:
         return np.asarray(_horovod.alltoall(tf.constant(rows), name=name, process_set=process_set))
 
-    def narrow(ranks: Sequence[int]) -> Channel:
-        return _over_horovod(_horovod.add_process_set(list(ranks)))
+    def narrow(groups: Sequence[Sequence[int]]) -> Channel | None:
+        if process_set.size() < _horovod.size():
+            raise PlanError(
+                f"Groups inside a process set of {process_set.size()} of {_horovod.size()} ranks need MPI: without it, "
+                "every rank of the job takes part in making process sets. Start with mpirun, or train on all ranks."
+            )
+        number = next(_numbers)  # also on a rank that is in no group
+        mine = [made for made in intern(groups) if made.included()]
+        if not mine:
+            return None
+        return SoloChannel() if mine[0].size() == 1 else _over_horovod(mine[0], number)
 
     # Called eagerly, equal operations of TensorFlow share a kernel, and with it the name of the first: two threads
     # would meet in one message. In a function they have names of their own, but wait for a thread that waits for them.
@@ -61,7 +72,7 @@ def _over_horovod(process_set: ProcessSet) -> Channel:
         add=add,
         gather=gather,
         scatter=scatter,
-        prefix=f"hvdscale.channel.{next(_numbers)}",
+        prefix=f"hvdscale.channel.{number}",
         narrow=narrow,
         concurrent=False,
     )

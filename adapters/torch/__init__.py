@@ -15,6 +15,7 @@ from hvdscale.model import Mesh
 from hvdscale.sync import (
     DiLoCo,
     EveryStep,
+    Gossip,
     LocalSGD,
     ParameterServer,
     Reduction,
@@ -51,6 +52,7 @@ __all__ = [
     "DistributedOptimizer",
     "EveryStep",
     "DiLoCo",
+    "Gossip",
     "LocalSGD",
     "Mesh",
     "Nesterov",

@@ -85,8 +85,8 @@ def DistributedOptimizer(
     plan = EveryStep() if sync is None else sync
     if not isinstance(plan, (EveryStep, LocalPlan)):
         raise PlanError(
-            f"sync takes EveryStep(), LocalSGD(...), DiLoCo(...), SlowMo(...) or ParameterServer(...), got "
-            f"{sync!r}. Leave it out for an all-reduce each step."
+            "sync takes EveryStep(), LocalSGD(...), DiLoCo(...), SlowMo(...), Gossip(...) or ParameterServer(...), "
+            f"got {sync!r}. Leave it out for an all-reduce each step."
         )
     if process_set.process_set_id is None:
         raise PlanError(

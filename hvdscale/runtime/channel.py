@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from hvdscale.runtime.host import host_number
 from hvdscale.runtime.transport import MPITransport, RankSet, Transport
 
 __all__ = ["Channel", "HorovodChannel", "MPIChannel", "SoloChannel", "TransportChannel"]
@@ -54,11 +55,18 @@ class Channel(Protocol):
         ...
 
     def swap(self, data: Bytes, to: int, source: int) -> Bytes:
-        """Send uint8[m] to one rank, receive as much from another."""
+        """Send uint8[m] to one rank, receive as much from another; what a rank sends to itself does not travel."""
         ...
 
-    def subset(self, ranks: Sequence[int]) -> Channel:
-        """The channel of these ranks (positions in this one); called by exactly those."""
+    def split(self, groups: Sequence[Sequence[int]], patient: bool = False) -> Channel | None:
+        """A channel of its own for each group of positions in this one: that of this rank's group. Collective.
+
+        ``patient``: as where the channel was opened. ``None``: this rank is in no group.
+        """
+        ...
+
+    def host(self) -> float:
+        """A number that ranks on one host share, and no others. Collective."""
         ...
 
 
@@ -93,8 +101,11 @@ class SoloChannel:
     def swap(self, data: Bytes, to: int, source: int) -> Bytes:
         return data
 
-    def subset(self, ranks: Sequence[int]) -> Channel:
-        return self
+    def split(self, groups: Sequence[Sequence[int]], patient: bool = False) -> Channel | None:
+        return self if groups else None
+
+    def host(self) -> float:
+        return 0.0
 
 
 class MPIChannel:
@@ -154,6 +165,8 @@ class MPIChannel:
     def swap(self, data: Bytes, to: int, source: int) -> Bytes:
         from mpi4py import MPI
 
+        if to == self.rank == source:
+            return data
         received = np.empty_like(data)
         self.sent_bytes += data.nbytes
         sending = self._comm.Isend([data, MPI.BYTE], to)
@@ -161,8 +174,18 @@ class MPIChannel:
         self._transport.wait(sending)
         return received
 
-    def subset(self, ranks: Sequence[int]) -> Channel:
-        return MPIChannel(self._origin.subset(ranks_of(ranks, self.ranks)), self._patient)
+    def split(self, groups: Sequence[Sequence[int]], patient: bool = False) -> Channel | None:
+        mine = _group_of(self.rank, groups)
+        return None if mine is None else MPIChannel(self._origin.subset(ranks_of(mine, self.ranks)), patient)
+
+    def host(self) -> float:
+        from mpi4py import MPI
+
+        here = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        lowest = np.array([self.rank], np.int64)
+        here.Allreduce(MPI.IN_PLACE, [lowest, MPI.INT64_T], MPI.MIN)
+        here.Free()
+        return float(lowest[0])
 
 
 class HorovodChannel:
@@ -175,7 +198,7 @@ class HorovodChannel:
         gather: ``gather(uint8[m], name) -> uint8[size * m]``, in rank order.
         scatter: ``scatter(uint8[size * m], name) -> uint8[size * m]``, an all-to-all.
         prefix: put before the names; another for every channel.
-        narrow: ``narrow(ranks) -> HorovodChannel`` over fewer ranks.
+        narrow: ``narrow(groups) -> Channel | None``, that of this rank's group of global ranks.
         concurrent: whether another thread may use it while training goes on.
     """
 
@@ -188,7 +211,7 @@ class HorovodChannel:
         gather: Callable[[Bytes, str], Bytes],
         scatter: Callable[[Bytes, str], Bytes],
         prefix: str,
-        narrow: Callable[[Sequence[int]], Channel] | None = None,
+        narrow: Callable[[Sequence[Sequence[int]]], Channel | None],
         concurrent: bool = True,
     ) -> None:
         self.concurrent = concurrent
@@ -220,10 +243,11 @@ class HorovodChannel:
         theirs: Bytes = self.allgather(data)[source]
         return theirs
 
-    def subset(self, ranks: Sequence[int]) -> Channel:
-        if self._narrow is None:
-            return self
-        return self._narrow([self.ranks[r] for r in ranks])
+    def split(self, groups: Sequence[Sequence[int]], patient: bool = False) -> Channel | None:
+        return self._narrow([[self.ranks[r] for r in group] for group in groups])
+
+    def host(self) -> float:
+        return host_number()
 
 
 class TransportChannel:
@@ -257,11 +281,15 @@ class TransportChannel:
         return np.stack([np.frombuffer(theirs, np.uint8) for theirs in self._everyone(data)])
 
     def swap(self, data: Bytes, to: int, source: int) -> Bytes:
-        self.sent_bytes += data.nbytes
+        self.sent_bytes += data.nbytes * (to != self.rank)
         return np.frombuffer(self._everyone(data)[source], np.uint8).copy()
 
-    def subset(self, ranks: Sequence[int]) -> Channel:
-        return TransportChannel(self._transport.subset(ranks_of(ranks, self.ranks)))
+    def split(self, groups: Sequence[Sequence[int]], patient: bool = False) -> Channel | None:
+        mine = _group_of(self.rank, groups)
+        return None if mine is None else TransportChannel(self._transport.subset(ranks_of(mine, self.ranks)))
+
+    def host(self) -> float:
+        return 0.0
 
     def _everyone(self, array: npt.NDArray[Any]) -> list[bytes]:
         return self._transport.allgather(array.tobytes())
@@ -278,6 +306,10 @@ class _Ranks:
 
     def size(self) -> int | None:
         return None if self.ranks is None else len(self.ranks)
+
+
+def _group_of(rank: int, groups: Sequence[Sequence[int]]) -> Sequence[int] | None:
+    return next((group for group in groups if rank in group), None)
 
 
 def ranks_of(positions: Sequence[int], world: Sequence[int]) -> RankSet:

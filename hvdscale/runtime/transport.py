@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Protocol, TypeVar
@@ -149,7 +150,7 @@ class MPITransport:
         if not key or len(key) == self.size:
             return self
         if key not in self._subsets:
-            group = self._comm.Get_group().Incl(key)
+            group = self._comm.Get_group().Incl([self.ranks.index(rank) for rank in key])
             self._subsets[key] = MPITransport(self._comm.Create_group(group), key)
         return self._subsets[key]
 
@@ -268,6 +269,8 @@ class LoopbackTransport:
         self.size = size
         self._board = board
         self.timeout_seconds = timeout_seconds
+        self._name: tuple[Any, ...] = ()  # of the room where these ranks meet
+        self._subsets: Counter[tuple[int, ...]] = Counter()
         self.ranks = tuple(range(size))
 
     def shared(self, name: str, make: Callable[[], T]) -> T:
@@ -283,7 +286,8 @@ class LoopbackTransport:
 
     def _room(self) -> Any:
         with self._board["lock"]:
-            return self._board.setdefault(self.ranks, (threading.Barrier(len(self.ranks)), [b""] * len(self.ranks)))
+            room = threading.Barrier(len(self.ranks)), [b""] * len(self.ranks)
+            return self._board.setdefault((self.ranks, self._name), room)
 
     def allgather(self, data: bytes) -> list[bytes]:
         barrier, slots = self._room()
@@ -300,6 +304,8 @@ class LoopbackTransport:
         members = tuple(process_set.ranks or self.ranks)
         twin = LoopbackTransport(members.index(self.ranks[self.rank]), len(members), self._board, self.timeout_seconds)
         twin.ranks = members
+        self._subsets[members] += 1
+        twin._name = (*self._name, self._subsets[members])  # each has a room of its own, for a thread of its own
         return twin
 
     def close(self) -> None:

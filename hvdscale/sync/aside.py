@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from hvdscale.runtime.channel import Channel
 from hvdscale.sync.tensors import Tensors
 from hvdscale.update.outer import Float32s
 
@@ -25,16 +24,6 @@ class Aside:
         self._pairs = _pairs(tensors)
         for mean, variance in self._pairs:
             self.values[variance] += np.square(self.values[mean])
-
-    def travel(self, channel: Channel, share: float) -> None:
-        """Add up over ranks, this one counting ``share``. Collective."""
-        if not self.values.size:
-            return
-        if share:
-            self.values *= np.float32(share)
-        else:
-            self.values[:] = 0  # a rank that does not vote may hold NaN
-        channel.allreduce(self.values)
 
     def arrive(self) -> None:
         """Write the means back."""

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
 from hvdscale.runtime.channel import Channel
 from hvdscale.sync.fragments import Fragment
-from hvdscale.sync.header import Float64s
+from hvdscale.sync.header import Float64s, Meeting
 from hvdscale.sync.wire import Codec
 from hvdscale.update.outer import Float32s
 
-__all__ = ["Exchange"]
+__all__ = ["Exchange", "Mean"]
 
 
-class Exchange:
-    """Adds up one fragment over ``channel``. Keeps what the wire lost, to send it the next time.
+class Exchange(Protocol):
+    """How what the ranks bring of one fragment becomes one, or, among neighbours, closer to one. Collective."""
+
+    def arrays(self) -> dict[str, Float32s]:
+        """What belongs into a checkpoint of this rank."""
+        ...
+
+    def __call__(self, values: Float32s, meeting: Meeting) -> None:
+        """Replace ``values``, float32[n] and finite, by the ranks' mean, in the wire format of the plan."""
+        ...
+
+    def beside(self, values: Float32s, meeting: Meeting) -> None:
+        """The same of any float32 vector, in float32; a rank without a vote may bring NaN."""
+        ...
+
+
+class Mean:
+    """The mean over ``channel``. Keeps what the wire lost, to send it the next time.
 
     ``residual``, float32[coded], is what this rank's own messages lost; ``residual_of_sum`` what its share of the
     coded sum lost.
@@ -30,27 +48,39 @@ class Exchange:
         self.residual_of_sum = np.zeros(self._share if lossy and codec.way == "scatter" else 0, np.float32)
 
     def arrays(self) -> dict[str, Float32s]:
-        """What belongs into a checkpoint of this rank."""
         return {"residual": self.residual, "residual_of_sum": self.residual_of_sum}
 
-    def __call__(self, values: Float32s, shares: Float64s) -> None:
-        """Replace ``values``, float32[n] and finite, by their mean over ranks weighted with ``shares``. Collective."""
+    def __call__(self, values: Float32s, meeting: Meeting) -> None:
+        self.add(values, meeting.shares)
+
+    def beside(self, values: Float32s, meeting: Meeting) -> None:
+        self.add_exactly(values, meeting.shares)
+
+    def add_exactly(self, values: Float32s, shares: Float64s) -> None:
+        """Replace ``values`` by their mean over ranks weighted with ``shares``, in float32."""
         mine = np.float32(shares[self._channel.rank])
-        exact = values[self._coded :]
-        exact *= mine
-        if exact.size:
-            self._channel.allreduce(exact)
+        if mine:
+            values *= mine
+        else:
+            values[:] = 0
+        if values.size:
+            self._channel.allreduce(values)
+
+    def add(self, values: Float32s, shares: Float64s) -> None:
+        """The same in the wire format; ``values`` are finite."""
+        self.add_exactly(values[self._coded :], shares)
         if not self._coded:
             return
+        mine = bool(shares[self._channel.rank])
         coded = values[: self._coded]
         if mine:
             coded += self.residual
         else:
             coded[:] = 0
         if self._codec.way == "gather":
-            self._gather(coded, shares, keep=bool(mine))
+            self._gather(coded, shares, keep=mine)
         else:
-            self._scatter(coded, shares, keep=bool(mine))
+            self._scatter(coded, shares, keep=mine)
 
     def _gather(self, values: Float32s, shares: Float64s, keep: bool) -> None:
         code = self._codec.encode(values)

@@ -15,11 +15,15 @@ __all__ = ["Fragment", "cut"]
 
 @dataclass(frozen=True)
 class Fragment:
-    """``positions`` in the registry, those that go coded first: the first ``coded`` of ``size`` values."""
+    """``positions`` in the registry, those that go coded first: the first ``coded`` of ``size`` values.
+
+    ``tables``: where among the values each embedding lies, and its number of rows.
+    """
 
     positions: tuple[int, ...]
     coded: int
     size: int
+    tables: tuple[tuple[slice, int], ...] = ()
 
 
 def cut(specs: Sequence[TensorSpec], parts: int, codec: Codec) -> tuple[Fragment, ...]:
@@ -49,8 +53,14 @@ def _borders(specs: Sequence[TensorSpec], parts: int) -> list[int]:
 def _fragment(specs: Sequence[TensorSpec], positions: range, codec: Codec) -> Fragment:
     coded = [p for p in positions if codec.way != "allreduce" and _travels_coded(specs[p])]
     exact = [p for p in positions if p not in coded]
-    size = sum(specs[p].size for p in positions)
-    return Fragment((*coded, *exact), sum(specs[p].size for p in coded), size)
+    order = (*coded, *exact)
+    ends = list(accumulate((specs[p].size for p in order), initial=0))
+    tables = tuple(
+        (slice(start, stop), specs[p].shape[0])
+        for p, (start, stop) in zip(order, pairwise(ends), strict=True)
+        if specs[p].role == "embedding" and specs[p].size
+    )
+    return Fragment(order, sum(specs[p].size for p in coded), ends[-1], tables)
 
 
 def _travels_coded(spec: TensorSpec) -> bool:

@@ -33,9 +33,10 @@ class Header:
         fragment: which part of the model it is about.
         phase: where this rank is.
         step: steps it has made.
-        weight: samples (or steps, if nobody counts) since its last round of the fragment; a finished rank's is 0.
-        finite: its pseudo-gradient holds no NaN and no infinity.
-        square: sum of squares of the pseudo-gradient.
+        weight: samples (or steps, if nobody counts) since its last round of the fragment, a finished rank's is 0; or
+            its mass among neighbours.
+        finite: its weights hold no NaN and no infinity.
+        square: sum of squares of the pseudo-gradient; among neighbours, how far apart they were the round before.
         loss: mean training loss since the last round; NaN if it was not told.
         beside: values of buffers and moments that are averaged beside the weights.
     """
@@ -91,7 +92,32 @@ class Meeting:
 
     @property
     def all_leave(self) -> bool:
-        return bool((self.table[:, 2] == Phase.LEAVING).all())
+        return bool((self.phases == Phase.LEAVING).all())
+
+    @property
+    def finishing(self) -> bool:
+        """The last round of a ``flush()`` that all ranks have come to."""
+        return bool((self.phases == Phase.FINISHING).all())
+
+    @property
+    def number(self) -> int:
+        """That of the round."""
+        return int(self.table[0, 0])
+
+    @property
+    def phases(self) -> npt.NDArray[np.int64]:
+        """int64[ranks]"""
+        return self.table[:, 2].astype(np.int64)
+
+    @property
+    def finite(self) -> npt.NDArray[np.bool_]:
+        """bool[ranks]"""
+        return self.table[:, 5] > 0
+
+    @property
+    def votes(self) -> Float64s:
+        """float64[ranks]: how much each rank counts."""
+        return self.table[:, 4] * self.finite
 
     @property
     def last_step(self) -> int:
@@ -100,18 +126,18 @@ class Meeting:
     @property
     def shares(self) -> Float64s:
         """float64[ranks]: each rank's share of the mean, summing to 1, or all 0 when nobody has anything to say."""
-        votes = self.table[:, 4] * self.table[:, 5]
+        votes = self.votes
         return votes / votes.sum() if votes.sum() > 0 else np.zeros_like(votes)
 
     @property
     def not_finite(self) -> list[int]:
         """Ranks whose weights are not finite: they do not vote, and take what the others agree on."""
-        return [rank for rank, finite in zip(self.ranks, self.table[:, 5], strict=True) if not finite]
+        return [rank for rank, finite in zip(self.ranks, self.finite, strict=True) if not finite]
 
     @property
     def mean_square(self) -> float:
         """The mean of the squared norms of the pseudo-gradients."""
-        return float(np.sum(self.shares * np.where(self.table[:, 5] > 0, self.table[:, 6], 0.0)))
+        return float(np.sum(self.shares * np.where(self.finite, self.table[:, 6], 0.0)))
 
     @property
     def loss(self) -> float:

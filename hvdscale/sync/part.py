@@ -1,113 +1,131 @@
-"""What a rank keeps of one fragment between rounds, and the arithmetic before and after an exchange."""
+"""What a rank keeps of one fragment between rounds, and the arithmetic before and after an exchange.
+
+A round goes over the fragment block by block, so that a value is loaded once on its way out and once on its way back.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from hvdscale.runtime.channel import Channel
 from hvdscale.sync.exchange import Exchange
 from hvdscale.sync.fragments import Fragment
+from hvdscale.sync.header import Meeting, Phase
 from hvdscale.sync.tensors import Tensors
-from hvdscale.sync.wire import Codec
-from hvdscale.update import Outer
 from hvdscale.update.outer import Float32s, blocks
 
-__all__ = ["Part", "Step"]
+__all__ = ["Departure", "Found", "Part"]
+
+
+@dataclass(frozen=True, eq=False)
+class Departure:
+    """What a rank brings to a round: ``values``, float32[n], zero where they are not ``finite``; ``weights``, those it
+    leaves with, where it must tell later what it has learnt since; and a figure for the header."""
+
+    values: Float32s
+    weights: Float32s | None
+    finite: bool
+    square: float
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a merge found: squared norms of the mean pseudo-gradient and of the anchor."""
+class Found:
+    """How far ranks were apart: the mean squared distance of their weights from what they agreed on, and its root over
+    the norm of that."""
 
-    mean_square: float
-    anchor_square: float
+    distance: float
+    drift: float
 
 
-class Part:
+class Part(ABC):
     """One fragment on this rank. All arithmetic is in float32.
 
-    ``anchor``, float32[n], is the same on every rank. Where parameters are kept in fewer bits, ``rounding`` is
-    what writing them lost, so that a rank that learnt nothing says so.
+    Where parameters are kept in fewer bits, ``rounding`` is what writing them lost, so that a rank that learnt
+    nothing says so.
     """
 
-    def __init__(self, fragment: Fragment, weights: Tensors, outer: Outer, codec: Codec, channel: Channel) -> None:
+    slots: Mapping[str, Float32s] = {}  # the outer optimizer's arrays
+
+    def __init__(self, fragment: Fragment, weights: Tensors, exchange: Exchange) -> None:
         self.fragment = fragment
+        self.exchange = exchange
         self._weights = weights
-        self._outer = outer
-        self.exchange = Exchange(fragment, codec, channel)
-        self.anchor = self._read()
-        self.slots = {name: np.zeros_like(self.anchor) for name in outer.slots}
         narrow = any(weights.specs[p].dtype != "float32" for p in fragment.positions)
-        self.rounding = np.zeros_like(self.anchor) if narrow else None
-        self.lr = 0.0  # the inner learning rate at the last round
-        self.steps = 0  # attempted since the last round
-        self.samples = 0.0
+        self.rounding = np.zeros(fragment.size, np.float32) if narrow else None
+        self.samples = 0.0  # since the last round, of whichever ranks
+        self.since = 0.0  # samples since the last round of all ranks
 
     def arrays(self) -> dict[str, Float32s]:
         """What belongs into a checkpoint of this rank, by name."""
-        slots = {f"outer.{name}": array for name, array in self.slots.items()}
-        rounding = {} if self.rounding is None else {"rounding": self.rounding}
-        return {"anchor": self.anchor, **slots, **rounding, **self.exchange.arrays()}
+        return {} if self.rounding is None else {"rounding": self.rounding}
 
+    def numbers(self) -> dict[str, Any]:
+        """And the numbers that do, which JSON holds."""
+        return {"samples": self.samples, "since": self.since}
+
+    def load_numbers(self, saved: Mapping[str, Any]) -> None:
+        for name in self.numbers():
+            setattr(self, name, saved[name])
+
+    @abstractmethod
     def begin(self) -> None:
-        """This rank's weights, now the same on every rank, are the anchor."""
-        self._weights.read(self.fragment.positions, self.anchor)
+        """This rank's weights are, from now on, the same on every rank."""
+
+    @abstractmethod
+    def weight(self, phase: Phase) -> float:
+        """How much what this rank has to say counts."""
+
+    @abstractmethod
+    def depart(self, out: Float32s, travels: bool) -> Departure:
+        """What this rank has to say, written to ``out``. ``travels``: it will train on before the answer comes."""
+
+    @abstractmethod
+    def arrive(self, departure: Departure, meeting: Meeting, lr: float) -> Found:
+        """Take ``departure.values``, now what became of them over ranks; overwrites them. ``lr`` is the inner rate."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """After a last round of everyone: hold the shared weights, to the last bit."""
+
+    @abstractmethod
+    def shared(self) -> Float32s:
+        """float32[n], the weights all ranks share."""
+
+    def tensors(self) -> Iterator[tuple[int, slice]]:
+        """``(position in the registry, place in the fragment)`` of each tensor."""
+        start = 0
+        for position in self.fragment.positions:
+            stop = start + self._weights.specs[position].size
+            yield position, slice(start, stop)
+            start = stop
+
+    def read(self, out: Float32s) -> None:
+        """This rank's weights, with what rounding lost."""
+        for position, place in self.tensors():
+            self._read(position, place, out)
+
+    def _read(self, position: int, place: slice, out: Float32s) -> None:
+        self._weights.read((position,), out[place])
         if self.rounding is not None:
-            self.rounding[:] = 0
+            out[place] -= self.rounding[place]
 
-    def adopt(self) -> None:
-        """This rank's weights become the anchor, to the last bit."""
-        self._write(self.anchor)
-
-    def departure(self) -> tuple[Float32s, Float32s, float]:
-        """``(weights, pseudo-gradient, its sum of squares)``; the pseudo-gradient is zero where it is not finite."""
-        weights = self._read()
+    def _write(self, position: int, place: slice, values: Float32s) -> None:
+        """Write ``values[place]``."""
+        self._weights.write((position,), values[place])
         if self.rounding is not None:
-            weights -= self.rounding
-        change = np.subtract(self.anchor, weights)
-        square = float(np.dot(change, change))
-        if not np.isfinite(square):
-            exact = float(np.sum(np.square(change, dtype=np.float64)))  # float32 may have overflowed
-            if np.isfinite(exact):
-                return weights, change, exact
-            change[:] = 0
-        return weights, change, square
+            self._weights.read((position,), self.rounding[place])
+            self.rounding[place] -= values[place]
 
-    def arrival(self, departed: Float32s | None, mean: Float32s, mixing: float, lr: float) -> Step:
-        """Move the anchor by ``mean``, then this rank's weights towards it.
 
-        Args:
-            departed: its weights when the fragment left, where it has trained since; ``None``: it has not, or what
-                it has is not finite.
-            mean: float32[n], the mean pseudo-gradient; overwritten.
-            mixing: 1 adopts the anchor, less goes part of the way.
-            lr: the inner learning rate.
-        """
-        mean_square = float(np.dot(mean, mean))
-        self._outer.step(self.anchor, mean, self.slots, lr / self.lr if self.lr > 0 else 1.0)
-        self.lr = lr
-        anchor_square = float(np.dot(self.anchor, self.anchor))
-        self._write(self.anchor if departed is None else self._merged(departed, mixing))
-        return Step(mean_square, anchor_square)
+def pieces(place: slice) -> Iterator[slice]:
+    """``place`` in blocks that stay in the cache."""
+    return (slice(place.start + b.start, place.start + b.stop) for b in blocks(place.stop - place.start))
 
-    def _merged(self, departed: Float32s, mixing: float) -> Float32s:
-        """``now + mixing * (anchor - departed)``: what was learnt while the fragment travelled stays."""
-        now = self._read()
-        if self.rounding is not None:
-            now -= self.rounding
-        for block in blocks(now.size):
-            now[block] += np.float32(mixing) * (self.anchor[block] - departed[block])
-        return now
 
-    def _read(self) -> Float32s:
-        out = np.empty(self.fragment.size, np.float32)
-        self._weights.read(self.fragment.positions, out)
-        return out
-
-    def _write(self, values: Float32s) -> None:
-        self._weights.write(self.fragment.positions, values)
-        if self.rounding is not None:
-            self.rounding[:] = self._read()
-            self.rounding -= values
+def square_in_float64(values: Float32s) -> float:
+    """The sum of squares where float32 may have overflowed; NaN or infinite if a value is."""
+    return sum(float(np.sum(np.square(values[block], dtype=np.float64))) for block in blocks(values.size))

@@ -1,16 +1,15 @@
 """The rounds of the relaxed family: one engine for every plan, on any framework's tensors.
 
-A fragment whose turn has come departs: its pseudo-gradient, the anchor minus this rank's weights, is averaged over
-the ranks. When it arrives, at once or ``overlap`` steps later, the outer optimizer moves the anchor and the rank's
-weights move towards it.
+A fragment whose turn has come departs: what this rank has to say about it is averaged over the ranks. When it arrives,
+at once or ``overlap`` steps later, the rank's weights move to what was agreed on, or towards it. Where ranks meet in
+nodes, a round of the node comes first, and only every so often one of all ranks follows.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -18,57 +17,20 @@ import numpy as np
 from hvdscale.runtime.channel import Channel
 from hvdscale.sync.aside import Aside
 from hvdscale.sync.calendar import Calendar
+from hvdscale.sync.flight import Courier, Flight
 from hvdscale.sync.fragments import cut
-from hvdscale.sync.header import Header, Meeting, Phase
-from hvdscale.sync.part import Part
+from hvdscale.sync.header import Header, Phase
+from hvdscale.sync.hierarchical import Roads
+from hvdscale.sync.metrics import Metrics, Told
+from hvdscale.sync.node_round import NodeRounds
+from hvdscale.sync.nodes import find_nodes
+from hvdscale.sync.part import Departure
 from hvdscale.sync.relaxed import Relaxed
 from hvdscale.sync.state import check_origin, copy_into, origin
 from hvdscale.sync.tensors import Store
 from hvdscale.update.outer import Float32s
 
-__all__ = ["Metrics", "Rounds"]
-
-
-@dataclass
-class Metrics:
-    """Running figures of the rounds so far.
-
-    Args:
-        rounds: fragments exchanged.
-        seconds: waited for them, or spent on them, by the training thread.
-        drift: at the last round, the root of the mean squared distance of the ranks' weights from their mean,
-            relative to the norm of the shared weights.
-        distance: the same mean squared distance (consensus distance), not divided by anything.
-        loss: mean training loss of all ranks over the last period, weighted by samples; NaN if nobody told it.
-        not_finite: votes withheld because a rank's weights were not finite, over all rounds and ranks.
-    """
-
-    rounds: int = 0
-    seconds: float = 0.0
-    drift: float = 0.0
-    distance: float = 0.0
-    loss: float = float("nan")
-    not_finite: int = 0
-
-
-@dataclass(eq=False)
-class _Cargo:
-    """What came of a fragment's way: what all ranks said, the mean pseudo-gradient, and what travelled beside it."""
-
-    meeting: Meeting
-    mean: Float32s
-    asides: list[Aside]
-
-
-@dataclass(eq=False)
-class _Flight:
-    """A fragment on its way. ``departed`` are this rank's weights then; ``finite``: there was no NaN in them."""
-
-    fragment: int
-    lands_at: int
-    departed: Float32s
-    finite: bool
-    cargo: Future[_Cargo]
+__all__ = ["Rounds"]
 
 
 class Rounds:
@@ -82,27 +44,32 @@ class Rounds:
         store: the tensors.
         channel: the ranks that meet. Where it is not ``concurrent``, training waits for a fragment also with
             ``overlap``; what it learns in between is the same.
+        roads: channels inside nodes and between them, where there are some already.
 
     Raises:
-        PlanError: more fragments than tensors.
+        PlanError: more fragments than tensors, or groups that are not the ranks of ``channel``.
     """
 
-    def __init__(self, plan: Relaxed, store: Store, channel: Channel) -> None:
+    def __init__(self, plan: Relaxed, store: Store, channel: Channel, roads: Roads | None = None) -> None:
         self.plan = plan
         self.metrics = Metrics()
         self.step = 0
         self._store = store
         self._channel = channel
-        codec, outer = plan.codec, plan.outer_optimizer()
-        fragments = cut(store.weights.specs, plan.fragments, codec)
-        self._parts = [Part(fragment, store.weights, outer, codec, channel) for fragment in fragments]
+        fragments = cut(store.weights.specs, plan.fragments, plan.codec)
+        nodes = None if roads is not None else find_nodes(plan.groups, channel)
+        beside = plan.overlap > 0 and channel.concurrent
+        self._roads = roads if nodes is None else Roads.open(nodes, patient=beside)
+        self._parts = [plan.part(fragment, store.weights, channel, self._roads) for fragment in fragments]
         self._calendar = Calendar(plan, len(fragments))
+        self._courier = Courier(channel, beside)
+        self._desk = np.empty(0 if plan.overlap and self._roads is None else max(f.size for f in fragments), np.float32)
+        self._inside = None if self._roads is None else NodeRounds(plan, self._roads.rounds)
         self._begun = False
         self._departures = 0
-        self._losses: list[tuple[float, float]] = []  # (loss, samples) since the last round
-        self._samples = 0.0  # told since the last step
-        self._flights: list[_Flight] = []
-        self._courier = ThreadPoolExecutor(1, "hvdscale-rounds") if plan.overlap and channel.concurrent else None
+        self._told = Told()
+        self._flights: list[Flight] = []
+        self._sent_before_bytes = 0  # by the run that this one resumes
 
     @property
     def trains(self) -> bool:
@@ -117,7 +84,8 @@ class Rounds:
     @property
     def bytes_sent(self) -> int:
         """Bytes this rank has sent for rounds."""
-        return self._channel.sent_bytes
+        inside = 0 if self._roads is None else self._roads.sent_bytes
+        return self._sent_before_bytes + self._channel.sent_bytes + inside
 
     def figures(self) -> dict[str, float]:
         """The metrics by name, with ``steps`` and ``bytes_sent``."""
@@ -125,8 +93,7 @@ class Rounds:
 
     def tell(self, loss: float, samples: float = 1.0) -> None:
         """The mean loss of this rank's batch of ``samples`` samples, before ``after_step()``."""
-        self._losses.append((float(loss), float(samples)))
-        self._samples += samples
+        self._told.tell(loss, samples)
 
     @property
     def meets_next(self) -> bool:
@@ -148,45 +115,48 @@ class Rounds:
 
         The step counts for the samples told since the last one, or for one if nobody told.
         """
-        samples, self._samples = self._samples or 1.0, 0.0
+        samples = self._told.a_step()
         self.step += 1
         if not self._begun:
             self.before_step()
             return False
         for part in self._parts:
             part.samples += samples
+            part.since += samples
         changed = self._land_due()
         for fragment in self._calendar.due(self.step):
-            flight = self._depart(fragment)
-            if self.plan.overlap:
-                self._flights.append(flight)
-            else:
-                self._land(flight, keep_work=self.plan.mixing < 1)
-                changed = True
+            changed |= self._meet(fragment)
         return changed
 
     def flush(self) -> bool:
         """Finish the period: wait for ranks that still have steps to make, then agree on everything.
 
-        On return every rank holds the anchor. On a boundary there is nothing left to say, and nothing is sent but
-        headers. Returns whether weights changed.
+        On return every rank holds the same weights. On a boundary there is nothing left to say, and nothing is sent
+        but headers. Returns whether weights changed.
         """
         if not self._begun:
             return False
         changed = self._land_due(everything=True)
         while True:  # others may have rounds to come: join them, first with what is left to say, then with weight zero
             due, fragment = self._calendar.next()
+            node_trains = self._meet_inside(fragment, Phase.LEAVING)
+            changed |= node_trains
+            if not self._calendar.crosses(fragment):
+                self._calendar.met_inside(fragment)
+                self.step = max(self.step, due) if node_trains else self.step
+                continue
             flight = self._depart(fragment, Phase.LEAVING)
-            meeting = flight.cargo.result().meeting
+            meeting = flight.meeting.result()
             if meeting.all_leave:
                 break
             self._said(fragment)
-            self._land(flight, keep_work=self.plan.mixing < 1)
+            self._calendar.met_everyone(fragment)
+            self._land(flight)
             self.step, changed = max(self.step, due), True
-        for fragment in range(len(self._parts)):
-            flight = self._depart(fragment, Phase.FINISHING)
-            changed |= self._land(flight, keep_work=False, settle=False)
-            self._parts[fragment].adopt()  # also where nobody had anything to say: merging had rounded
+        for fragment, part in enumerate(self._parts):
+            self._meet_inside(fragment, Phase.FINISHING)
+            changed |= self._land(self._depart(fragment, Phase.FINISHING), settle=False)
+            part.finish()
         self.step = meeting.last_step
         self._calendar.restart(self.step)
         return changed
@@ -201,42 +171,43 @@ class Rounds:
             PlanError: more fragments than tensors.
         """
         self.flush()
-        twin = Rounds(self.plan, store, self._channel)
+        twin = Rounds(self.plan, store, self._channel, self._roads)
         known = self._by_tensor()
         for name, arrays in twin._by_tensor().items():
             for slot, array in arrays.items():
                 if name in known and known[name][slot].size == array.size:
                     array[:] = known[name][slot]
         twin.metrics, twin.step, twin._departures = self.metrics, self.step, self._departures
+        twin._sent_before_bytes = self._sent_before_bytes
         for part, before in zip(twin._parts, self._parts, strict=True):
-            part.lr = before.lr
+            part.load_numbers(before.numbers())
         twin._calendar.restart(max(self.step, self.plan.warmup))
         return twin
 
     def _by_tensor(self) -> dict[str, dict[str, Float32s]]:
         """The outer optimizer's arrays, cut into tensors: views by name of the tensor, then of the slot."""
-        specs, found = self._store.weights.specs, {}
-        for part in self._parts:
-            start = 0
-            for position in part.fragment.positions:
-                stop = start + specs[position].size
-                found[specs[position].name] = {slot: array[start:stop] for slot, array in part.slots.items()}
-                start = stop
-        return found
+        specs = self._store.weights.specs
+        return {
+            specs[position].name: {slot: array[place] for slot, array in part.slots.items()}
+            for part in self._parts
+            for position, place in part.tensors()
+        }
 
     def outer_weights(self) -> list[Float32s]:
-        """The anchor: float32 weights in the shapes and the order of ``store.weights.specs``. Copies."""
-        if not self._begun:  # ranks hold the same weights still
-            for part in self._parts:
-                part.begin()
+        """The weights all ranks share: float32, in the shapes and the order of ``store.weights.specs``. Copies.
+
+        Where there are none between rounds, the mean of all ranks' weights; then it is collective.
+        """
+        for flight in self._flights:
+            flight.meeting.result()  # one exchange at a time
         specs = self._store.weights.specs
         weights: dict[int, Float32s] = {}
         for part in self._parts:
-            start = 0
-            for position in part.fragment.positions:
-                stop = start + specs[position].size
-                weights[position] = part.anchor[start:stop].reshape(specs[position].shape).copy()
-                start = stop
+            if not self._begun:  # ranks hold the same weights still
+                part.begin()
+            shared = part.shared()
+            for position, place in part.tensors():
+                weights[position] = shared[place].reshape(specs[position].shape).copy()
         return [weights[position] for position in range(len(specs))]
 
     def state_dict(self) -> dict[str, Any]:
@@ -245,23 +216,17 @@ class Rounds:
         With fragments on their way it waits for them, so every rank must call it at the same step. Arrays are copies.
         """
         arrays = {f"{i}.{name}": array for i, part in enumerate(self._parts) for name, array in part.arrays().items()}
-        flights = []
         for flight in self._flights:
-            cargo = flight.cargo.result()
-            at = f"flight.{flight.fragment}"
-            arrays |= {f"{at}.departed": flight.departed, f"{at}.mean": cargo.mean}
-            arrays |= {f"{at}.aside.{i}": aside.values for i, aside in enumerate(cargo.asides)}
-            said = {"fragment": flight.fragment, "lands_at": flight.lands_at, "finite": flight.finite}
-            flights.append({**said, "table": cargo.meeting.table.tolist()})
+            arrays |= flight.arrays()
         return {
             **origin(self.plan, self._store, self._channel),
             "step": self.step,
             "begun": self._begun,
             "departures": self._departures,
-            "losses": [list(told) for told in self._losses],
+            "losses": [list(told) for told in self._told.losses],
             "calendar": self._calendar.state(),
-            "parts": [{"samples": part.samples, "lr": part.lr} for part in self._parts],
-            "flights": flights,
+            "parts": [part.numbers() for part in self._parts],
+            "flights": [flight.numbers() for flight in self._flights],
             "metrics": asdict(self.metrics) | {"bytes_sent": self.bytes_sent},
             "arrays": {name: array.copy() for name, array in arrays.items()},
         }
@@ -279,102 +244,116 @@ class Rounds:
         for i, part in enumerate(self._parts):
             for name, array in part.arrays().items():
                 copy_into(arrays, f"{i}.{name}", array)
-            part.samples, part.lr = state["parts"][i]["samples"], state["parts"][i]["lr"]
-        self._flights = [self._resumed(flight, arrays) for flight in state["flights"]]
+            part.load_numbers(state["parts"][i])
+        self._flights = [
+            Flight.resumed(
+                saved,
+                arrays,
+                self._parts[saved["fragment"]].fragment.size,
+                self._asides(saved["fragment"]),
+                self._channel,
+            )
+            for saved in state["flights"]
+        ]
         self._calendar.load(state["calendar"])
-        self._losses = [(loss, samples) for loss, samples in state["losses"]]
+        self._told = Told([(loss, samples) for loss, samples in state["losses"]])
         self.step, self._begun, self._departures = state["step"], state["begun"], state["departures"]
         counted = dict(state["metrics"])
-        self._channel.sent_bytes = counted.pop("bytes_sent")
+        self._sent_before_bytes += counted.pop("bytes_sent") - self.bytes_sent
         self.metrics = Metrics(**counted)
 
-    def _resumed(self, saved: Mapping[str, Any], arrays: Mapping[str, Float32s]) -> _Flight:
-        fragment = saved["fragment"]
-        at, part = f"flight.{fragment}", self._parts[fragment]
-        departed, mean = np.empty_like(part.anchor), np.empty_like(part.anchor)
-        copy_into(arrays, f"{at}.departed", departed)
-        copy_into(arrays, f"{at}.mean", mean)
-        asides = self._asides(fragment)
-        for i, aside in enumerate(asides):
-            copy_into(arrays, f"{at}.aside.{i}", aside.values)
-        cargo: Future[_Cargo] = Future()
-        cargo.set_result(_Cargo(Meeting(np.array(saved["table"]), self._channel.ranks), mean, asides))
-        return _Flight(fragment, saved["lands_at"], departed, saved["finite"], cargo)
+    def _meet(self, fragment: int) -> bool:
+        """The round of a fragment whose turn has come. Returns whether weights changed already."""
+        changed = self._meet_inside(fragment)
+        if not self._calendar.crosses(fragment):
+            self._calendar.met_inside(fragment)
+            return changed
+        flight = self._depart(fragment)
+        self._calendar.met_everyone(fragment)
+        if self.plan.overlap:
+            self._flights.append(flight)
+            return changed
+        return self._land(flight)
 
-    def _depart(self, number: int, phase: Phase = Phase.TRAINING) -> _Flight:
+    def _meet_inside(self, fragment: int, phase: Phase = Phase.TRAINING) -> bool:
+        """The round of this rank's node, where there are nodes. Returns whether one of its ranks is still training."""
+        if self._inside is None:
+            return False
         started = time.perf_counter()
-        part = self._parts[number]
-        departed, change, square = part.departure()
-        finite = bool(np.isfinite(square))
-        asides = self._asides(number)
-        told = sum(samples for _, samples in self._losses)
-        header = Header(
+        part = self._parts[fragment]
+        departure = part.depart(self._desk[: part.fragment.size], travels=False)
+        asides = self._asides(fragment)
+        header = self._header(fragment, phase, departure, asides, part.samples, float("nan"))
+        meeting = self._inside.hold(part, header, departure, asides)
+        part.samples = 0.0
+        self.metrics.not_finite += len(meeting.not_finite)
+        self.metrics.node_rounds += 1
+        self.metrics.seconds += time.perf_counter() - started
+        return not meeting.all_leave
+
+    def _depart(self, fragment: int, phase: Phase = Phase.TRAINING) -> Flight:
+        started = time.perf_counter()
+        part, travels = self._parts[fragment], self.plan.overlap > 0 and phase is Phase.TRAINING
+        out = np.empty(part.fragment.size, np.float32) if travels or not self._desk.size else self._desk
+        departure = part.depart(out[: part.fragment.size], travels)
+        asides = self._asides(fragment)
+        header = self._header(fragment, phase, departure, asides, part.weight(phase), self._told.loss)
+        meeting = self._courier.send(part, header, departure, asides)
+        self._departures += 1
+        if phase is not Phase.LEAVING:
+            self._said(fragment)
+        self.metrics.seconds += time.perf_counter() - started
+        return Flight(fragment, self.step + self.plan.overlap, departure, asides, meeting)
+
+    def _header(
+        self, fragment: int, phase: Phase, departure: Departure, asides: list[Aside], weight: float, loss: float
+    ) -> Header:
+        return Header(
             round=self._departures,
-            fragment=number,
+            fragment=fragment,
             phase=phase,
             step=self.step,
-            weight=part.samples,
-            finite=finite,
-            square=square if finite else 0.0,
-            loss=sum(loss * samples for loss, samples in self._losses) / told if told else float("nan"),
+            weight=weight,
+            finite=departure.finite,
+            square=departure.square,
+            loss=loss,
             beside=sum(aside.values.size for aside in asides),
         )
 
-        def travel() -> _Cargo:
-            meeting = Meeting(self._channel.table(header.row()), self._channel.ranks)
-            if meeting.shares.any() and not meeting.all_leave:
-                part.exchange(change, meeting.shares)
-                for aside in asides:
-                    aside.travel(self._channel, meeting.shares[self._channel.rank])
-            return _Cargo(meeting, change, asides)
-
-        cargo: Future[_Cargo] = Future()
-        if self._courier is not None:
-            cargo = self._courier.submit(travel)
-        else:
-            cargo.set_result(travel())
-        self._departures += 1
-        if phase is not Phase.LEAVING:
-            self._said(number)
-        self.metrics.seconds += time.perf_counter() - started
-        return _Flight(number, self.step + self.plan.overlap, departed, finite, cargo)
-
-    def _said(self, number: int) -> None:
+    def _said(self, fragment: int) -> None:
         """What this rank had to say about the fragment is under way."""
-        self._parts[number].samples, self._losses = 0.0, []
+        self._parts[fragment].samples = self._parts[fragment].since = 0.0
+        self._told.losses.clear()
 
-    def _asides(self, number: int) -> list[Aside]:
+    def _asides(self, fragment: int) -> list[Aside]:
         asides = []
-        if number == len(self._parts) - 1:  # once a period
+        if fragment == len(self._parts) - 1:  # once a period
             asides.append(Aside(self._store.buffers))
         if self.plan.state == "average":
-            asides.append(Aside(self._store.moments(self._parts[number].fragment.positions)))
+            asides.append(Aside(self._store.moments(self._parts[fragment].fragment.positions)))
         return asides
 
     def _land_due(self, everything: bool = False) -> bool:
         landing = [flight for flight in self._flights if everything or flight.lands_at <= self.step]
         self._flights = [flight for flight in self._flights if flight not in landing]
         for flight in landing:
-            self._land(flight, keep_work=True)
+            self._land(flight)
         return bool(landing)
 
-    def _land(self, flight: _Flight, keep_work: bool, settle: bool = True) -> bool:
+    def _land(self, flight: Flight, settle: bool = True) -> bool:
         started = time.perf_counter()
-        part, cargo = self._parts[flight.fragment], flight.cargo.result()
-        meeting, metrics = cargo.meeting, self.metrics
+        part, meeting, metrics = self._parts[flight.fragment], flight.meeting.result(), self.metrics
         metrics.not_finite += len(meeting.not_finite)
         voted = bool(meeting.shares.any())
         if voted:
-            departed = flight.departed if keep_work and flight.finite else None
-            norms = part.arrival(departed, cargo.mean, self.plan.mixing, self._store.lr())
-            for aside in cargo.asides:
+            found = part.arrive(flight.departure, meeting, self._store.lr())
+            for aside in flight.asides:
                 aside.arrive()
             if self.plan.state == "reset":
                 self._store.forget_moments(part.fragment.positions)
             metrics.rounds += 1
             metrics.loss = meeting.loss
-            metrics.distance = max(0.0, meeting.mean_square - norms.mean_square)
-            metrics.drift = (metrics.distance / norms.anchor_square) ** 0.5 if norms.anchor_square else 0.0
+            metrics.distance, metrics.drift = found.distance, found.drift
         if settle:
             self._calendar.settle(flight.fragment, metrics.drift)
         metrics.seconds += time.perf_counter() - started

@@ -28,7 +28,7 @@ class Outer(Protocol):
         ...
 
     def step(self, anchor: Float32s, change: Float32s, slots: Slots, lr_ratio: float) -> None:
-        """Move ``anchor`` in place.
+        """Move ``anchor`` in place, value by value: called with one piece of the weights after the other.
 
         Args:
             anchor: float32[n], the shared weights.

@@ -10,72 +10,25 @@ import numpy as np
 import pytest
 
 from hvdscale.errors import DesyncError, StateError
-from hvdscale.runtime.channel import TransportChannel
 from hvdscale.runtime.transport import SoloTransport, Transport, run_loopback
-from hvdscale.sync import DiLoCo, LocalSGD, Relaxed, Rounds, SlowMo
+from hvdscale.sync import DiLoCo, Gossip, LocalSGD, Relaxed, SlowMo
+from hvdscale.sync.peers import TOPOLOGIES
 from hvdscale.update import Nesterov
-from tests.core.numpy_store import NumPyStore, NumPyTensors
-from tests.core.quadratic import FRAGMENTS, SHAPES, Quadratic, start
+from tests.core.quadratic import FRAGMENTS, Quadratic, start
+from tests.core.trainer import LR, Trainer, on_ranks, train
 from tests.relaxed_oracle import Momentum, trajectory
 
-LR = 0.1
+NODES = {"nodes": ((0, 1), (2,))}  # of three ranks, two a host
 
 
-class Trainer:
-    """One rank: its own quadratic, gradient descent with momentum in float32, and the rounds of ``plan``."""
+def matrix(peers: str, ranks: int = 3, seed: int = 0) -> Callable[[int], np.ndarray]:
+    """What rank i takes of rank j in a round."""
 
-    def __init__(self, plan: Relaxed, transport: Transport, momentum: float = 0.0, dtype: Any = np.float32) -> None:
-        self.rank, self._momentum = transport.rank, momentum
-        self._transport = transport
-        flat, places = start(), np.cumsum([0, 30, 7, 12])
-        self.arrays = {
-            name: flat[a:b].reshape(shape).astype(dtype)
-            for (name, shape), a, b in zip(SHAPES.items(), places, places[1:], strict=False)
-        }
-        self.velocity = {name: np.zeros(array.shape, np.float32) for name, array in self.arrays.items()}
-        self._problem = Quadratic.of(self.rank)
-        store = NumPyStore(NumPyTensors(self.arrays), moment=NumPyTensors(self.velocity), rate=LR)
-        self.rounds = Rounds(plan, store, TransportChannel(transport))
+    def of_round(number: int) -> np.ndarray:
+        ways = [np.arange(ranks), *TOPOLOGIES[peers](number, ranks, seed)]
+        return np.sum([np.eye(ranks)[way].T / len(ways) for way in ways], axis=0)
 
-    def flat(self) -> np.ndarray:
-        return np.concatenate([array.ravel() for array in self.arrays.values()]).astype(np.float64)
-
-    def train(self, steps: int) -> None:
-        for _ in range(steps):
-            self.rounds.before_step()
-            gradient = self._problem.gradient(self.flat())
-            if self.rounds.warming_up:
-                gradients = [np.frombuffer(g) for g in self._transport.allgather(gradient.tobytes())]
-                gradient = np.mean(gradients, axis=0)
-            at = 0
-            for name, array in self.arrays.items():
-                piece = gradient[at : at + array.size].reshape(array.shape)
-                at += array.size
-                self.velocity[name] *= self._momentum
-                self.velocity[name] += piece
-                array -= (LR * self.velocity[name]).astype(array.dtype)
-            self.rounds.after_step()
-
-
-def on_ranks(ranks: int, body: Callable[[Transport], Any]) -> list[Any]:
-    results = run_loopback(ranks, body)
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-    return results
-
-
-def train(plan: Relaxed, ranks: int = 3, steps: int = 23, momentum: float = 0.0, flush: bool = True) -> np.ndarray:
-    """Weights of every rank, [ranks, 49]."""
-
-    def body(transport: Transport) -> np.ndarray:
-        trainer = Trainer(plan, transport, momentum)
-        trainer.train(steps)
-        if flush:
-            trainer.rounds.flush()
-        return trainer.flat()
-
-    return np.stack(on_ranks(ranks, body))
+    return of_round
 
 
 NESTEROV = ("nesterov", 0.7, 0.9)
@@ -95,6 +48,22 @@ PLANS: list[tuple[Relaxed, dict[str, Any]]] = [
     (SlowMo(4, lr=0.8, momentum=0.6), {"every": 4, "outer": ("slow", 0.8, 0.6)}),
     (SlowMo(3, warmup=4), {"every": 3, "outer": ("slow", 1.0, 0.5), "warmup": 4}),
     (LocalSGD(4, state="average"), {"every": 4, "average_moments": True}),
+    (LocalSGD(3, groups="node", across=3), {"every": 3, "across": 3, **NODES}),
+    (
+        DiLoCo(2, groups="node", across=4, overlap=3),
+        {"every": 2, "across": 4, "outer": NESTEROV, "overlap": 3, **NODES},
+    ),
+    (
+        LocalSGD(4, groups="node", across=2, fragments=2, merge="mix", warmup=2),
+        {"every": 4, "across": 2, "fragments": 2, "mixing": 0.5, "warmup": 2, **NODES},
+    ),
+    (Gossip(), {"every": 1, "matrix": matrix("ring")}),
+    (Gossip(3, peers="pairs"), {"every": 3, "matrix": matrix("pairs")}),
+    (Gossip(2, peers="exponential", warmup=4), {"every": 2, "matrix": matrix("exponential"), "warmup": 4}),
+    (
+        Gossip(3, peers="pairs", fragments=2, overlap=2, merge="mix"),
+        {"every": 3, "fragments": 2, "overlap": 2, "mixing": 0.5, "matrix": matrix("pairs")},
+    ),
 ]
 
 

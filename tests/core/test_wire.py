@@ -10,7 +10,7 @@ import pytest
 from hvdscale.errors import PlanError
 from hvdscale.runtime.channel import TransportChannel
 from hvdscale.runtime.transport import Transport, run_loopback
-from hvdscale.sync.exchange import Exchange
+from hvdscale.sync.exchange import Mean
 from hvdscale.sync.fragments import Fragment
 from hvdscale.sync.wire import parse_wire
 
@@ -69,11 +69,11 @@ def exchanged(wire: str, rounds: int, ranks: int = 3, n: int = 1000, exact: int 
     def body(transport: Transport) -> np.ndarray:
         codec = parse_wire(wire)
         coded = 0 if codec.way == "allreduce" else n - exact
-        exchange = Exchange(Fragment((0,), coded, n), codec, TransportChannel(transport))
+        exchange = Mean(Fragment((0,), coded, n), codec, TransportChannel(transport))
         total = np.zeros(n)
         for _ in range(rounds):
             values = normal(n, transport.rank)
-            exchange(values, np.array([0.5, 0.3, 0.2]))
+            exchange.add(values, np.array([0.5, 0.3, 0.2]))
             total += values
         return total
 
@@ -98,10 +98,10 @@ def test_what_the_wire_loses_is_sent_later(wire: str) -> None:
 
 def test_a_rank_without_a_vote_keeps_what_it_has_to_say() -> None:
     def body(transport: Transport) -> tuple[np.ndarray, np.ndarray]:
-        exchange = Exchange(Fragment((0,), 600, 600), parse_wire("int4"), TransportChannel(transport))
+        exchange = Mean(Fragment((0,), 600, 600), parse_wire("int4"), TransportChannel(transport))
         exchange.residual[:] = 0.25
         values = np.full(600, 1.0 + 6 * transport.rank, np.float32)
-        exchange(values, np.array([1.0, 0.0]))
+        exchange.add(values, np.array([1.0, 0.0]))
         return values, exchange.residual
 
     (mean, _), (_, kept) = run_loopback(2, body)  # type: ignore[misc]

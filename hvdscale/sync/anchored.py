@@ -1,0 +1,106 @@
+"""A fragment with an anchor: the weights all ranks share, which an outer optimizer moves once a round."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hvdscale.sync.exchange import Exchange
+from hvdscale.sync.fragments import Fragment
+from hvdscale.sync.header import Meeting, Phase
+from hvdscale.sync.part import Departure, Found, Part, pieces, square_in_float64
+from hvdscale.sync.tensors import Tensors
+from hvdscale.update import Outer
+from hvdscale.update.outer import Float32s
+
+__all__ = ["Anchored"]
+
+
+class Anchored(Part):
+    """Ranks send the pseudo-gradient, ``anchor`` minus their weights, and adopt the new anchor.
+
+    Args:
+        mixing: 1 adopts the anchor, less goes part of the way.
+    """
+
+    def __init__(
+        self, fragment: Fragment, weights: Tensors, exchange: Exchange, outer: Outer, mixing: float = 1.0
+    ) -> None:
+        super().__init__(fragment, weights, exchange)
+        self._outer = outer
+        self._mixing = np.float32(mixing)
+        self.anchor = np.empty(fragment.size, np.float32)
+        self.begin()
+        self.slots = {name: np.zeros_like(self.anchor) for name in outer.slots}
+        self.lr = 0.0  # the inner learning rate at the last round
+
+    def arrays(self) -> dict[str, Float32s]:
+        slots = {f"outer.{name}": array for name, array in self.slots.items()}
+        return {"anchor": self.anchor, **slots, **super().arrays(), **self.exchange.arrays()}
+
+    def numbers(self) -> dict[str, Any]:
+        return {**super().numbers(), "lr": self.lr}
+
+    def begin(self) -> None:
+        if self.rounding is not None:
+            self.rounding[:] = 0
+        self.read(self.anchor)
+
+    def weight(self, phase: Phase) -> float:
+        return self.since
+
+    def depart(self, out: Float32s, travels: bool) -> Departure:
+        weights = np.empty_like(out) if travels or self._mixing < 1 else None
+        square = 0.0
+        for position, place in self.tensors():
+            self._read(position, place, out)
+            for piece in pieces(place):
+                values = out[piece]
+                if weights is not None:
+                    weights[piece] = values
+                np.subtract(self.anchor[piece], values, out=values)
+                square += float(np.dot(values, values))
+        if not np.isfinite(square):
+            square = square_in_float64(out)
+        if np.isfinite(square):
+            return Departure(out, weights, True, square)
+        out[:] = 0
+        return Departure(out, None, False, 0.0)
+
+    def arrive(self, departure: Departure, meeting: Meeting, lr: float) -> Found:
+        mean, ratio = departure.values, lr / self.lr if self.lr > 0 else 1.0
+        mean_square = anchor_square = 0.0
+        for position, place in self.tensors():
+            for piece in pieces(place):
+                change, anchor = mean[piece], self.anchor[piece]
+                mean_square += float(np.dot(change, change))
+                self._outer.step(anchor, change, {name: slot[piece] for name, slot in self.slots.items()}, ratio)
+                anchor_square += float(np.dot(anchor, anchor))
+            if departure.weights is None:
+                self._write(position, place, self.anchor)
+            else:
+                self._merge(position, place, departure.weights, mean)
+        self.lr = lr
+        distance = max(0.0, meeting.mean_square - mean_square)
+        return Found(distance, (distance / anchor_square) ** 0.5 if anchor_square else 0.0)
+
+    def take(self, mean: Float32s) -> None:
+        """Hold the weights that lie ``mean`` before the anchor, which stays; overwrites ``mean``."""
+        for position, place in self.tensors():
+            np.subtract(self.anchor[place], mean[place], out=mean[place])
+            self._write(position, place, mean)
+
+    def finish(self) -> None:
+        for position, place in self.tensors():  # merging had rounded
+            self._write(position, place, self.anchor)
+
+    def shared(self) -> Float32s:
+        return self.anchor
+
+    def _merge(self, position: int, place: slice, departed: Float32s, now: Float32s) -> None:
+        """``weights + mixing * (anchor - departed)``: what was learnt while the fragment travelled stays."""
+        self._read(position, place, now)
+        for piece in pieces(place):
+            now[piece] += self._mixing * (self.anchor[piece] - departed[piece])
+        self._write(position, place, now)

@@ -1,0 +1,56 @@
+"""What can be asked about the rounds so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+__all__ = ["Metrics", "Told"]
+
+
+@dataclass
+class Metrics:
+    """Running figures of the rounds so far.
+
+    Args:
+        rounds: fragments exchanged among all ranks, or with the peers of a gossip.
+        node_rounds: fragments averaged inside this rank's node.
+        seconds: waited for them, or spent on them, by the training thread.
+        drift: at the last round, the root of the mean squared distance of the ranks' weights from their mean,
+            relative to the norm of the shared weights. Among the peers of a gossip: from the peers' mean, and at the
+            round before.
+        distance: the same mean squared distance (consensus distance), not divided by anything.
+        loss: mean training loss of all ranks over the last period, weighted by samples; NaN if nobody told it.
+        not_finite: votes withheld because a rank's weights were not finite, over all rounds and ranks.
+    """
+
+    rounds: int = 0
+    node_rounds: int = 0
+    seconds: float = 0.0
+    drift: float = 0.0
+    distance: float = 0.0
+    loss: float = float("nan")
+    not_finite: int = 0
+
+
+@dataclass
+class Told:
+    """What the script told of its batches: ``losses``, ``(loss, samples)`` each, since the last round of all ranks, and
+    ``samples`` since the last step."""
+
+    losses: list[tuple[float, float]] = field(default_factory=list)
+    samples: float = 0.0
+
+    def tell(self, loss: float, samples: float) -> None:
+        self.losses.append((float(loss), float(samples)))
+        self.samples += samples
+
+    def a_step(self) -> float:
+        """How much a step counts: the samples told since the last one, or 1."""
+        samples, self.samples = self.samples or 1.0, 0.0
+        return samples
+
+    @property
+    def loss(self) -> float:
+        """The mean, weighted by samples; NaN if there was none."""
+        told = sum(samples for _, samples in self.losses)
+        return sum(loss * samples for loss, samples in self.losses) / told if told else float("nan")

@@ -1,0 +1,78 @@
+"""A fragment without an anchor: each rank has weights of its own, and hears those of its neighbours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hvdscale.sync.fragments import Fragment
+from hvdscale.sync.header import Meeting, Phase
+from hvdscale.sync.part import Departure, Found, Part, pieces, square_in_float64
+from hvdscale.sync.push_sum import Neighbours
+from hvdscale.sync.tensors import Tensors
+from hvdscale.update.outer import Float32s
+
+__all__ = ["Peer"]
+
+
+class Peer(Part):
+    """``mass`` is how much this rank counts in the mean of all."""
+
+    exchange: Neighbours
+
+    def __init__(self, fragment: Fragment, weights: Tensors, exchange: Neighbours) -> None:
+        super().__init__(fragment, weights, exchange)
+        self.begin()
+
+    def numbers(self) -> dict[str, Any]:
+        return {**super().numbers(), "mass": self.mass, "apart": self.apart, "spread": self.spread}
+
+    def begin(self) -> None:
+        self.mass = 1.0
+        self.apart = False  # there were rounds since all ranks held the same
+        self.spread = 0.0
+        if self.rounding is not None:
+            self.rounding[:] = 0
+
+    def weight(self, phase: Phase) -> float:
+        silent = phase is Phase.FINISHING and not self.apart and not self.since
+        return 0.0 if silent else self.mass
+
+    def depart(self, out: Float32s, travels: bool) -> Departure:
+        self.read(out)
+        square = float(np.dot(out, out))
+        if not np.isfinite(square):
+            square = square_in_float64(out)
+        if not np.isfinite(square):
+            out[:] = 0
+            return Departure(out, None, False, self.spread)
+        return Departure(out, out.copy() if travels else None, True, self.spread)
+
+    def arrive(self, departure: Departure, meeting: Meeting, lr: float) -> Found:
+        mixed, norm = departure.values, 0.0
+        now = None if departure.weights is None else np.empty_like(mixed)
+        mass = self.exchange.mass(meeting)
+        for position, place in self.tensors():
+            for piece in pieces(place):
+                norm += float(np.dot(mixed[piece], mixed[piece]))
+            if departure.weights is not None and now is not None:  # what was learnt while it travelled stays
+                self._read(position, place, now)
+                now[place] -= departure.weights[place]
+                mixed[place] += now[place]
+            if mass or departure.finite:
+                self._write(position, place, mixed)
+        self.mass, self.apart, self.spread = mass, not meeting.finishing, self.exchange.spread
+        # What the ranks found at the round before, so that all say the same.
+        relative = meeting.mean_square
+        return Found(relative * norm, relative**0.5)
+
+    def finish(self) -> None:
+        """The last round of everyone has written the mean of all."""
+
+    def shared(self) -> Float32s:
+        """The mean of all ranks now, which keep their own. Collective."""
+        values = np.empty(self.fragment.size, np.float32)
+        departure = self.depart(values, travels=False)
+        self.exchange.mean_of_all(values, self.mass * departure.finite)
+        return values
