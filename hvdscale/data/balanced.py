@@ -14,7 +14,7 @@ import numpy.typing as npt
 from hvdscale.data.balancing import LONGEST, balance
 from hvdscale.data.batch import Batch
 from hvdscale.data.certificate import REMEMBERED_EPOCHS, add_sums, sum_of
-from hvdscale.data.checks import integer
+from hvdscale.data.checks import integer, states_of_all
 from hvdscale.data.lengths import check_lengths
 from hvdscale.data.plan import ShardPlan
 from hvdscale.data.reader import Reader
@@ -106,6 +106,7 @@ class BalancedPlan:
             StateError: as ``ShardPlan.resume``; states of different steps, or not of a balanced reader.
             PlanError: shards, keys or weights that cannot be.
         """
+        states = states_of_all(states)
         for i, state in enumerate(states):
             if not isinstance(state, Mapping) or state.get("format") != _FORMAT:
                 raise StateError(f"State {i} is not that of a balanced reader ({_FORMAT}): {state!r:.200}.")

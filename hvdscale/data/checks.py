@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from hvdscale.errors import PlanError
+import numpy as np
+import numpy.typing as npt
 
-__all__ = ["integer", "one_of", "own_shard", "weights_for"]
+from hvdscale.data.types import Int64s
+from hvdscale.errors import PlanError, StateError
+
+__all__ = ["integer", "numbers_below", "one_of", "own_shard", "states_of_all", "weights_for"]
 
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:
@@ -25,6 +30,23 @@ def integer(name: str, value: object, low: int, high: int | None = None) -> int:
     if number is None or isinstance(value, bool) or number < low or (high is not None and number > high):
         raise PlanError(f"{name} must be an integer {limits}; it is {value!r}.")
     return number
+
+
+def numbers_below(name: str, values: npt.ArrayLike, count: int) -> Int64s:
+    """``values`` as int64 of the same shape, each in ``0 .. count - 1``.
+
+    Raises:
+        PlanError: one is not, or they are no integers.
+    """
+    try:
+        given = np.asarray(values)
+    except ValueError:
+        raise PlanError(f"{name} are integers in one array; these lists are of unequal length: {values!r}.") from None
+    if given.size and given.dtype.kind not in "iu":
+        raise PlanError(f"{name} are integers in 0..{count - 1}; these are {given.dtype}.")
+    if given.size and not 0 <= int(given.min()) <= int(given.max()) < count:
+        raise PlanError(f"{name} lie in 0..{count - 1}; these go from {given.min()} to {given.max()}.")
+    return given.astype(np.int64)
 
 
 def one_of(name: str, value: object, names: Sequence[str]) -> None:
@@ -49,6 +71,20 @@ def own_shard(shard: int | None, shards: int, rank: int, ranks: int) -> int:
     return rank
 
 
+def states_of_all(states: object) -> list[Any]:
+    """The states that ``resume`` was given, as a list.
+
+    Raises:
+        StateError: there are none, or this is one state, or no list.
+    """
+    if isinstance(states, str | bytes | Mapping) or not isinstance(states, Iterable):
+        raise StateError(f"resume takes the states of all shards, as a list; this is {str(states)[:80]!r}.")
+    found = list(states)
+    if not found:
+        raise StateError("resume takes the states of all shards, as a list; there are none. Give one per shard.")
+    return found
+
+
 def weights_for(shards: int, weights: Sequence[float] | None) -> tuple[float, ...] | None:
     """One positive finite weight per shard, or ``None`` for equal shards.
 
@@ -58,8 +94,10 @@ def weights_for(shards: int, weights: Sequence[float] | None) -> tuple[float, ..
     if weights is None:
         return None
     try:
+        if isinstance(weights, str | Mapping):
+            raise TypeError
         given = tuple(float(weight) for weight in weights)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise PlanError(f"weights are one positive number per shard; they are {weights!r}.") from None
     if len(given) != shards:
         raise PlanError(f"weights are one positive number per shard; there are {shards} shards, {len(given)} weights.")

@@ -7,9 +7,9 @@ found block by block, so that nothing the size of the data is held.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -25,13 +25,16 @@ Table = npt.NDArray[np.uint16]
 _SCAN = 1 << 14  # samples looked at together: temporaries stay in the cache
 
 
-def owner_table(shares: Sequence[Share]) -> Table:
-    """The shard of each unit after the first share and every resize after it: uint16[65536]."""
+@lru_cache(maxsize=16)  # plans, their readings and streams ask for the same few
+def owner_table(shares: tuple[Share, ...]) -> Table:
+    """The shard of each unit after the first share and every resize after it: uint16[65536], read-only."""
     shards, weights = shares[0]
     layout = Intervals.contiguous(EndToEnd(UNITS), shards, weights)
     for shards, weights in shares[1:]:
         layout, _ = layout.resized(shards, weights)
-    return layout.place(np.arange(UNITS))[0].astype(np.uint16)
+    table = np.repeat(layout.owners, np.diff(layout.starts, append=UNITS)).astype(np.uint16)
+    table.flags.writeable = False
+    return table
 
 
 @dataclass(frozen=True)

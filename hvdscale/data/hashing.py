@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import xxhash
 from hvdscale.data.types import Int64s, Keys, UInt64s
 from hvdscale.errors import PlanError
 
-__all__ = ["derive_words", "hash_blocks", "hash_integers", "hash_keys", "mix"]
+__all__ = ["derive_words", "hash_blocks", "hash_integers", "hash_keys", "key_vector", "mix"]
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
@@ -55,19 +55,37 @@ def hash_integers(integers: _Integers, salt: np.uint64) -> UInt64s:
     return mix(np.bitwise_xor(words, salt, out=words))
 
 
+def key_vector(keys: object) -> Keys:
+    """``keys`` as a vector with a length. Columns of tables and tensors become NumPy arrays.
+
+    Raises:
+        PlanError: one string, a set, a dictionary, an iterator, or an array of another shape.
+    """
+    vector: Any = keys
+    if not isinstance(keys, list | tuple | np.ndarray) and hasattr(keys, "__array__"):
+        vector = np.asarray(keys)
+    if isinstance(vector, np.ndarray):
+        if vector.ndim != 1:
+            raise PlanError(f"Keys are one per sample: a vector. This array has shape {vector.shape}.")
+        return vector
+    if isinstance(vector, str | bytes) or not isinstance(vector, Sequence):
+        raise PlanError(
+            f"Keys are one per sample, in a list or an array; these are a {type(keys).__name__}. Give list(keys)."
+        )
+    return vector
+
+
 def hash_keys(keys: Keys, salt: np.uint64) -> UInt64s:
     """64-bit hashes of keys: integers through splitmix64, strings (as UTF-8) and bytes through xxh3.
 
     Raises:
         PlanError: keys of another kind, of mixed kinds, or integers beyond 64 bits.
     """
-    return np.concatenate([np.zeros(0, np.uint64), *hash_blocks(keys, salt)])
+    return np.concatenate([np.zeros(0, np.uint64), *hash_blocks(key_vector(keys), salt)])
 
 
 def hash_blocks(keys: Keys, salt: np.uint64) -> Iterator[UInt64s]:
-    """The same as ``hash_keys`` in blocks, so that the hashes of many keys never lie in memory together."""
-    if isinstance(keys, np.ndarray) and keys.ndim != 1:
-        raise PlanError(f"Keys are one per sample: a vector. This array has shape {keys.shape}.")
+    """The same for a ``key_vector``, in blocks, so that the hashes of many keys never lie in memory together."""
     if isinstance(keys, np.ndarray) and keys.dtype.kind in "iu":
         for start in range(0, len(keys), _BLOCK):
             yield hash_integers(keys[start : start + _BLOCK], salt)
@@ -150,9 +168,11 @@ def _kind(i: int, key: object) -> type:
     raise PlanError(f"A key is an integer, a string or bytes; key {i} is {key!r} ({type(key).__name__}).")
 
 
-def _integers(items: list[Any]) -> Int64s:
-    try:
-        return np.fromiter(map(int, items), np.int64, len(items))
-    except OverflowError:
-        largest = max(items, key=abs)
-        raise PlanError(f"Integer keys fit in 64 bits with sign; {largest} does not. Pass it as a string.") from None
+def _integers(items: list[Any]) -> Int64s | UInt64s:
+    for dtype in (np.int64, np.uint64):
+        try:
+            return np.fromiter(map(int, items), dtype, len(items))
+        except OverflowError:
+            continue
+    largest = max(items, key=abs)
+    raise PlanError(f"Integer keys fit in 64 bits; {largest} does not, or not beside others. Pass them as strings.")

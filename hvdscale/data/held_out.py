@@ -33,7 +33,10 @@ def split(
     Raises:
         PlanError: fractions that are no parts of 1, or keys of no usable kind.
     """
-    shares = [float(f) for f in fractions]
+    try:
+        shares = [float(f) for f in fractions]
+    except (TypeError, ValueError, OverflowError):
+        raise PlanError(f"Fractions are one number per part, such as (0.9, 0.1); they are {fractions!r}.") from None
     if not shares or not all(f >= 0 for f in shares) or not math.isclose(math.fsum(shares), 1, abs_tol=1e-6):
         raise PlanError(f"Fractions are at least 0 and sum to 1; these are {shares}, sum {math.fsum(shares):g}.")
     hashes = hash_keys(keys, derive_words(1, "split", salt)[0])

@@ -92,9 +92,10 @@ class HashedKeys:
 def _refuse_repeats(keys: Keys, hashes: list[UInt64s]) -> None:
     every = np.concatenate([np.zeros(0, np.uint64), *hashes])
     order = np.argsort(every, kind="stable")
-    same = np.flatnonzero(every[order][1:] == every[order][:-1])
-    if len(same):
-        first, second = (int(order[same[0] + i]) for i in (0, 1))
+    pairs = np.flatnonzero(every[order][1:] == every[order][:-1])
+    same = [(a, b) for a, b in zip(order[pairs], order[pairs + 1], strict=True) if keys[a] == keys[b]]
+    if same:
+        first, second = same[0]
         raise PlanError(
             f"Keys were promised to be unique; {len(same)} repeat an earlier one: keys {first} and {second} "
             f"are both {keys[first]!r}. Leave unique_keys out, or mend the keys."

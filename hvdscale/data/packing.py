@@ -10,7 +10,7 @@ import numpy.typing as npt
 import xxhash
 
 from hvdscale.data.best_fit import best_fit
-from hvdscale.data.checks import integer
+from hvdscale.data.checks import integer, numbers_below
 from hvdscale.data.lengths import check_lengths
 from hvdscale.data.types import Int64s
 from hvdscale.errors import PlanError
@@ -154,12 +154,8 @@ class Packing:
         return np.unique(np.concatenate([borders, starts, starts + rows.pieces.length])).astype(np.int32)
 
     def _rows(self, blocks: npt.ArrayLike) -> _Rows:
-        wanted = np.asarray(blocks)
-        if wanted.size and wanted.dtype.kind not in "iu":
-            raise PlanError(f"Blocks are integers in 0..{len(self) - 1}; these are {wanted.dtype}.")
-        if wanted.size and not 0 <= int(wanted.min()) <= int(wanted.max()) < len(self):
-            raise PlanError(f"Blocks lie in 0..{len(self) - 1}; these go from {wanted.min()} to {wanted.max()}.")
-        flat = wanted.ravel().astype(np.int64)
+        wanted = numbers_below("Blocks", blocks, len(self))
+        flat = wanted.ravel()
         row, number = _runs(self.starts[flat + 1] - self.starts[flat])
         pieces = Pieces(*(array[self.starts[flat][row] + number] for array in self.pieces))
         return _Rows(self.block, wanted.shape, row, number, pieces, *_runs(pieces.length))

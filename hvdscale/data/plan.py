@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hvdscale.data.certificate import known_total
-from hvdscale.data.checks import integer, one_of, weights_for
+from hvdscale.data.checks import integer, numbers_below, one_of, weights_for
 from hvdscale.data.hashed import Hashed, moved_units, owner_table
-from hvdscale.data.hashing import hash_blocks
+from hvdscale.data.hashing import hash_blocks, key_vector
 from hvdscale.data.interruption import Interruption
 from hvdscale.data.keys import HashedKeys, IndexKeys, hash_units, salt_of
 from hvdscale.data.layouts import Layout
@@ -93,13 +93,14 @@ class ShardPlan:
             return None
         if self.policy != "hash":
             raise PlanError(f'Only policy "hash" uses keys; the policy is "{self.policy}". Leave keys out.')
-        if len(self.keys) != n:
-            raise PlanError(f"Each sample has one key; there are {n} samples and {len(self.keys)} keys.")
-        if not isinstance(self.keys, HashedKeys):
-            return HashedKeys.of(self.keys, seed, self.unique_keys)
-        if self.keys.seed != seed:
-            raise PlanError(f"These keys were hashed under seed {self.keys.seed}, not {seed}. Give the keys.")
-        return self.keys
+        keys = self.keys if isinstance(self.keys, HashedKeys) else key_vector(self.keys)
+        if len(keys) != n:
+            raise PlanError(f"Each sample has one key; there are {n} samples and {len(keys)} keys.")
+        if not isinstance(keys, HashedKeys):
+            return HashedKeys.of(keys, seed, self.unique_keys)
+        if keys.seed != seed:
+            raise PlanError(f"These keys were hashed under seed {keys.seed}, not {seed}. Give the keys.")
+        return keys
 
     # What a shard reads.
 
@@ -131,15 +132,9 @@ class ShardPlan:
         Raises:
             PlanError: a sample that is no integer in ``0 .. n - 1``.
         """
-        wanted = np.asarray(samples)
-        if wanted.size == 0:
-            return np.zeros(wanted.shape, np.int32)
-        if wanted.dtype.kind not in "iu":
-            raise PlanError(f"Samples are integers in 0..{self.n - 1}; these are {wanted.dtype}.")
-        low, high = int(wanted.min()), int(wanted.max())
-        if low < 0 or high >= self.n:
-            raise PlanError(f"Samples lie in 0..{self.n - 1}; these go from {low} to {high}.")
-        return self.reading(epoch).owner(wanted.astype(np.int64)).astype(np.int32)
+        wanted = numbers_below("Samples", samples, self.n)
+        reading = self.reading(epoch)
+        return (reading.owner(wanted) if wanted.size else wanted).astype(np.int32)
 
     def owner_of_keys(self, keys: Keys) -> npt.NDArray[np.int32]:
         """The shard of each key under policy ``"hash"``, of keys in the plan or not: int32[len(keys)].
@@ -149,10 +144,11 @@ class ShardPlan:
         """
         if self.policy != "hash":
             raise PlanError(f'Only policy "hash" places keys; the policy is "{self.policy}".')
-        out = np.empty(len(keys), np.int32)
+        vector, table = key_vector(keys), owner_table(self.shares)
+        out = np.empty(len(vector), np.int32)
         place = 0
-        for hashes in hash_blocks(keys, salt_of(self.seed)):
-            out[place : place + len(hashes)] = self._table.take(hash_units(hashes))
+        for hashes in hash_blocks(vector, salt_of(self.seed)):
+            out[place : place + len(hashes)] = table.take(hash_units(hashes))
             place += len(hashes)
         return out
 
@@ -207,8 +203,8 @@ class ShardPlan:
         after = dataclasses.replace(self, shards=shards, weights=weights, resized_from=self.shares)
         ideal = ideal_move(self.shares[-1], after.shares[-1])
         if self.policy == "hash":
-            return after, Move(moved_units(self._key_units, self._table, after._table), ideal)
-        _, moved = resized(self._layout, after.shares[-1])
+            return after, Move(moved_units(self._key_units, owner_table(self.shares), owner_table(after.shares)), ideal)
+        after.__dict__["_layout"], moved = resized(self._layout, after.shares[-1])  # no need to replay the lineage
         return after, Move(moved / max(self.n, 1), ideal)
 
     def reader(self, shard: int, batch_size: int, epoch: int | None = None) -> Reader:
@@ -293,10 +289,6 @@ class ShardPlan:
     @cached_property
     def _hashed(self) -> Hashed:
         return Hashed(self._key_units, self.shares)
-
-    @cached_property
-    def _table(self) -> npt.NDArray[np.uint16]:
-        return owner_table(self.shares)
 
     def _shard(self, shard: int) -> int:
         return integer("shard", shard, 0, self.shards - 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 from hvdscale.data.certificate import REMEMBERED_EPOCHS, add_sums
-from hvdscale.data.checks import integer, one_of, weights_for
+from hvdscale.data.checks import integer, one_of, states_of_all, weights_for
 from hvdscale.data.format import FORMAT, fingerprint
 from hvdscale.data.interruption import Interruption, Leg
 from hvdscale.data.types import Int64s, Keys, PolicyName, Share, TailName
@@ -171,8 +171,7 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> Past:
         StateError: a state that is damaged or of another format; states of different plans; shards that are
             missing or come twice.
     """
-    if isinstance(states, Mapping) or not len(states):
-        raise StateError("resume takes the states of all shards, as a list; there are none. Give one per shard.")
+    states = states_of_all(states)
     positions = sorted((_position(state) for state in states), key=lambda at: at.shard)
     for i, state in enumerate(states):
         _same_plan("The first state's plan", states[0]["plan"], f"state {i}'s", state["plan"])

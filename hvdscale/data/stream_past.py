@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hvdscale.data.checks import states_of_all
 from hvdscale.data.types import Int64s
 from hvdscale.errors import StateError
 
@@ -44,8 +45,7 @@ def merge_states(states: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) 
     Raises:
         StateError: a state of another stream or run, or not one state of each shard.
     """
-    if not states:
-        raise StateError("A stream resumes from the states of all shards of its last run; there are none.")
+    states = states_of_all(states)
     for i, state in enumerate(states):
         _check_state(i, state, facts)
     first = _run_of(states[0])

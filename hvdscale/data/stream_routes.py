@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import compress
 from typing import Any, ClassVar, Protocol
 
@@ -101,9 +100,4 @@ class ByKey:
         return zip(compress(read, mine.tolist()), positions[mine].tolist(), strict=True)
 
     def owners(self, tickets: Tickets, shards: int) -> Int64s:
-        return _table(shards)[tickets]
-
-
-@lru_cache(maxsize=8)
-def _table(shards: int) -> Int64s:
-    return owner_table(((shards, None),)).astype(np.int64)
+        return owner_table(((shards, None),))[tickets].astype(np.int64)

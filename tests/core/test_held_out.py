@@ -41,6 +41,12 @@ def test_a_whole_part_takes_everything(whole: tuple[float, ...]) -> None:
     assert len(split(KEYS, whole)[0]) == 5000
 
 
+@pytest.mark.parametrize("fractions", [0.5, ("a", 1), None])
+def test_fractions_that_are_no_numbers_are_refused(fractions: object) -> None:
+    with pytest.raises(PlanError, match=r"one number per part, such as .* they are"):
+        split(KEYS, fractions)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("fractions", [(), (0.5, 0.4), (1.2, -0.2), (float("nan"), 1.0)])
 def test_fractions_that_are_no_parts_of_one_are_refused(fractions: tuple[float, ...]) -> None:
     with pytest.raises(PlanError, match="sum to 1; these are"):

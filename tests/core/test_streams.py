@@ -275,7 +275,7 @@ def two_states(policy: str = "ordered", **more: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: [], "states of all shards of its last run; there are none"),
+        (lambda s: [], "states of all shards, as a list; there are none"),
         (lambda s: s[:1], r"Each of the 2 shards of the run has one state; these are of shards \[0\]"),
         (lambda s: [s[0], s[0]], r"these are of shards \[0, 0\]"),
         (lambda s: [*s, s[1]], r"these are of shards \[0, 1, 1\]"),
