@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from hvdscale.data import BalancedPlan, Batch, Feed, Passes, ShardPlan, ShardStream, Table, verify_feed
-from hvdscale.data.checks import integer, own_shard
+from hvdscale.data.checks import instance, integer, own_shard
 from hvdscale.data.types import Int64s
 from hvdscale.errors import PlanError
 from hvdscale.keras.backend import verbs
@@ -67,6 +67,7 @@ def shard_dataset(
             f"A PyDataset has a known length and a ShardStream has none. Give fit what hvdscale.{verbs.FRAMEWORK}."
             "shard_dataset makes of the stream."
         )
+    instance("plan", plan, ShardPlan, BalancedPlan)
     integer("batch_size", batch_size, 1)
     integer("workers", workers, 0)
     integer("prefetch", prefetch, 1)
@@ -84,7 +85,7 @@ class ShardedPyDataset(keras.utils.PyDataset):
 
     Keras asks for batches by number, in an order of its own and now and then for one it only looks at. Here each
     request gets the next batch; what was fetched and not trained on is fetched again when Keras begins anew, which
-    it says by ``on_epoch_end``.
+    it says by ``on_epoch_begin`` and, after a look, by ``on_epoch_end``.
     """
 
     def __init__(self, feed: Feed, table: Table, workers: int, use_multiprocessing: bool, prefetch: int) -> None:
@@ -128,7 +129,8 @@ class ShardedPyDataset(keras.utils.PyDataset):
         return rows
 
     def on_epoch_begin(self) -> None:
-        self._uncounted += not self.counter.used
+        self._begin_anew()
+        self._uncounted += not (self.counter.used or BatchCounter.counting)  # beside a fit that counts: its validation
         if self._uncounted == 3:  # Keras may have looked at the data before it began
             warnings.warn(
                 f"Epoch {self.epoch} of the plan is read again and again, for nobody counts. For fit give "
@@ -137,12 +139,19 @@ class ShardedPyDataset(keras.utils.PyDataset):
             )
 
     def on_epoch_end(self) -> None:
-        """Keras begins anew: what was given out and not counted is given out again."""
-        with self._lock:
-            self._draws = None
+        self._begin_anew()
 
     def take(self) -> None:
-        """Count the oldest batch given out as read; the epoch ends with its last one."""
+        """Count the oldest batch given out as read; the epoch ends with its last one.
+
+        Raises:
+            PlanError: none was given out.
+        """
+        if self._draws is None:
+            raise PlanError(
+                "The counter in callbacks is of another data set than the one fit reads. For fit(batches, ...) give "
+                "callbacks=[batches.counter]."
+            )
         self.batch = self._passes.deliver(self._turn)
 
     @property
@@ -154,6 +163,11 @@ class ShardedPyDataset(keras.utils.PyDataset):
         """What was delivered, as JSON; ``resume`` of the plan's class takes the states of all ranks."""
         return self.feed.state_dict()
 
+    def _begin_anew(self) -> None:
+        """What was given out and not counted is given out again."""
+        with self._lock:
+            self._draws = None
+
     def _start(self, batch: Batch) -> Any:
         if self._executor is None:
             return self._table.fetch(batch.indices)
@@ -164,6 +178,9 @@ class ShardedPyDataset(keras.utils.PyDataset):
 
 class BatchCounter(keras.callbacks.Callback):
     """Counts the batches that ``fit`` has trained on. It is ``batches.counter``."""
+
+    counting = False
+    """Whether a ``fit`` with a counter is going on."""
 
     def __init__(self, batches: ShardedPyDataset) -> None:
         super().__init__()
@@ -179,7 +196,10 @@ class BatchCounter(keras.callbacks.Callback):
                 f"fit goes over the rest of the plan's epoch, {left} batches; steps_per_epoch makes it {steps}. "
                 "Leave steps_per_epoch out; a callback may set model.stop_training."
             )
-        self.used = True
+        self.used = BatchCounter.counting = True
+
+    def on_train_end(self, logs: Any = None) -> None:
+        BatchCounter.counting = False
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._seen = 0

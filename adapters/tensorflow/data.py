@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvdscale.data import BalancedPlan, Batch, Feed, Passes, ShardPlan, ShardStream, StreamFeed, Table
-from hvdscale.data.checks import integer, own_shard
+from hvdscale.data.checks import instance, integer, own_shard
 from hvdscale.data.tables import stack
 from hvdscale.errors import PlanError
 from hvdscale.tensorflow.arrays import layout_of
@@ -59,6 +59,7 @@ def shard_dataset(
     Raises:
         PlanError: an argument out of its range, or data that does not fit the plan.
     """
+    instance("plan", plan, ShardPlan, BalancedPlan, ShardStream)
     integer("batch_size", batch_size, 1)
     integer("workers", workers, 0)
     integer("prefetch", prefetch, 0)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from hvdscale.errors import PlanError
+from hvdscale.data.nested import all_arrays, mapped, refuse_no_data, rows_in
 
 __all__ = ["Arrays", "as_dataset"]
 
@@ -22,16 +22,17 @@ class Arrays(Dataset[Any]):
 
     def __init__(self, arrays: Any) -> None:
         self.arrays = arrays
-        self._length = _length(arrays)
+        self._length = rows_in(arrays)
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, sample: int) -> Any:
-        return _rows(self.arrays, sample)
+        return mapped(lambda array: _row(array, sample), self.arrays)
 
     def __getitems__(self, samples: Sequence[int]) -> Any:
-        return _rows(self.arrays, np.asarray(samples, np.int64))
+        rows = np.asarray(samples, np.int64)
+        return mapped(lambda array: _row(array, rows), self.arrays)
 
 
 def as_dataset(data: Any, collate: Callable[[Any], Any] | None) -> tuple[Any, Callable[[Any], Any]]:
@@ -40,44 +41,23 @@ def as_dataset(data: Any, collate: Callable[[Any], Any] | None) -> tuple[Any, Ca
     Raises:
         PlanError: data without a length and items.
     """
-    if _is_arrays(data):
+    if all_arrays(data, _is_array):
         return Arrays(data), collate or _as_it_is
-    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
-        raise PlanError(
-            "data is an array, a tuple or dictionary of arrays, or a map-style data set with __len__ and __getitem__; "
-            f"it is a {type(data).__name__}. For a stream give a ShardStream as the plan."
-        )
+    refuse_no_data(data)
     return data, collate or default_collate
 
 
-def _is_arrays(data: Any) -> bool:
-    if isinstance(data, Mapping):
-        return bool(data) and all(map(_is_arrays, data.values()))
-    if isinstance(data, tuple):
-        return bool(data) and all(map(_is_arrays, data))
+def _is_array(data: Any) -> bool:
     if isinstance(data, np.ndarray):
         return data.ndim > 0 and data.dtype.kind in "biufc"
     return isinstance(data, torch.Tensor) and data.ndim > 0
 
 
-def _length(arrays: Any) -> int:
-    parts = list(arrays.values()) if isinstance(arrays, Mapping) else arrays if isinstance(arrays, tuple) else None
-    if parts is None:
-        return len(arrays)
-    lengths = [_length(part) for part in parts]
-    if len(set(lengths)) > 1:
-        raise PlanError(f"Arrays of one data set are of equal length; these have {lengths} rows.")
-    return lengths[0]
-
-
-def _rows(arrays: Any, samples: Any) -> Any:
-    if isinstance(arrays, Mapping):
-        return {name: _rows(array, samples) for name, array in arrays.items()}
-    if isinstance(arrays, tuple):
-        return tuple(_rows(array, samples) for array in arrays)
-    if isinstance(arrays, torch.Tensor):
-        return arrays[torch.from_numpy(samples) if isinstance(samples, np.ndarray) else samples]
-    return torch.as_tensor(np.asarray(arrays[samples]))  # a copy already, also of a memory map
+def _row(array: Any, sample: Any) -> torch.Tensor:
+    """One row, or the rows of an array of numbers."""
+    if isinstance(array, torch.Tensor):
+        return array[torch.from_numpy(sample) if isinstance(sample, np.ndarray) else sample]
+    return torch.as_tensor(np.asarray(array[sample]))  # a copy already, also of a memory map
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader
 
 from hvdscale.data import BalancedPlan, ShardPlan, ShardStream
 from hvdscale.data.batch import Batch
+from hvdscale.data.checks import instance, integer
+from hvdscale.data.passes import refuse_overtaken
 from hvdscale.errors import PlanError
 from hvdscale.torch.arrays import as_dataset
 from hvdscale.torch.samplers import AheadSampler
@@ -60,13 +62,19 @@ def shard_dataset(
     Raises:
         PlanError: an argument out of its range, data that does not fit the plan, or an option that the plan decides.
     """
+    instance("plan", plan, ShardPlan, BalancedPlan, ShardStream)
+    integer("workers", workers, 0)
+    if prefetch is not None and not workers:
+        raise PlanError(
+            f"Workers prefetch, and there are none; prefetch is {prefetch!r}. Give workers, or leave it out."
+        )
     taken = sorted(set(options) & set(_OURS))
     if taken:
         raise PlanError(f"The plan decides on {', '.join(taken)}: leave it out (workers and prefetch have own names).")
     if options.get("in_order") is False:
         raise PlanError("Batches come in the plan's order, which the state counts; leave in_order=False out.")
     options["num_workers"] = workers
-    options["prefetch_factor"] = prefetch
+    options["prefetch_factor"] = None if prefetch is None else integer("prefetch", prefetch, 1)
     options["pin_memory"] = torch.cuda.is_available() if pin_memory is None else pin_memory
     if isinstance(plan, ShardStream):
         if epoch is not None:
@@ -86,9 +94,11 @@ class ShardedLoader(DataLoader[Any]):
     def __init__(self, dataset: Any, sampler: AheadSampler, collate: Callable[[Any], Any], **options: Any) -> None:
         super().__init__(dataset, batch_sampler=sampler, collate_fn=collate, **options)
         self.feed = sampler.feed
+        self._turn = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        for data in super().__iter__():
+        self._turn += 1
+        for data in _while_latest(super().__iter__(), self._turn, lambda: self._turn):
             while not len(self.feed.deliver()):
                 continue  # an empty batch, which has no data
             yield data
@@ -115,9 +125,11 @@ class StreamLoader(DataLoader[Any]):
     def __init__(self, batches: ShardedIterable, **options: Any) -> None:
         super().__init__(StatedIterable(batches), batch_size=None, collate_fn=_as_it_is, **options)
         self._batches = batches
+        self._turn = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        for data, state in super().__iter__():
+        self._turn += 1
+        for data, state in _while_latest(super().__iter__(), self._turn, lambda: self._turn):
             self._batches.deliver(state)
             yield data
         self._batches.finish()
@@ -130,6 +142,21 @@ class StreamLoader(DataLoader[Any]):
     def state_dict(self) -> dict[str, Any]:
         """What was delivered, as JSON; ``ShardStream.resume`` takes the states of all shards."""
         return self._batches.state_dict()
+
+
+def _while_latest(batches: Iterator[Any], own: int, latest: Callable[[], int]) -> Iterator[Any]:
+    """The batches of the loader's iteration ``own``.
+
+    Raises:
+        PlanError: another one has begun meanwhile; it counts what is delivered.
+    """
+    while own == latest():
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        yield batch
+    refuse_overtaken()
 
 
 def _as_it_is(item: Any) -> Any:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from hvdscale.data.balancing import LONGEST, balance
 from hvdscale.data.batch import Batch
 from hvdscale.data.certificate import REMEMBERED_EPOCHS, add_sums, sum_of
-from hvdscale.data.checks import integer, states_of_all
+from hvdscale.data.checks import instance, integer, states_of_all
 from hvdscale.data.lengths import check_lengths
 from hvdscale.data.plan import ShardPlan
 from hvdscale.data.reader import Reader
@@ -53,8 +53,7 @@ class BalancedPlan:
     equal_counts: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.plan, ShardPlan):
-            raise PlanError(f"plan is a ShardPlan; it is {self.plan!r}.")
+        instance("plan", self.plan, ShardPlan)
         lengths = check_lengths(self.lengths, LONGEST)
         if len(lengths) != self.plan.n:
             raise PlanError(f"Each sample has one length; there are {self.plan.n} samples and {len(lengths)} lengths.")

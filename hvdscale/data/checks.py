@@ -13,7 +13,13 @@ import numpy.typing as npt
 from hvdscale.data.types import Int64s
 from hvdscale.errors import PlanError, StateError
 
-__all__ = ["integer", "numbers_below", "one_of", "own_shard", "states_of_all", "weights_for"]
+__all__ = ["instance", "integer", "numbers_below", "one_of", "own_shard", "states_of_all", "weights_for"]
+
+
+def instance(name: str, value: object, *kinds: type) -> None:
+    """Raises PlanError where ``value`` is of none of ``kinds``."""
+    if not isinstance(value, kinds):
+        raise PlanError(f"{name} is a {' or '.join(kind.__name__ for kind in kinds)}; it is {value!r:.80}.")
 
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from hvdscale.data.types import Int64s, Keys, UInt64s
+from hvdscale.data.types import Keys, UInt64s
 from hvdscale.errors import PlanError
 
 __all__ = ["derive_words", "hash_blocks", "hash_integers", "hash_keys", "key_vector", "mix"]
@@ -168,7 +168,7 @@ def _kind(i: int, key: object) -> type:
     raise PlanError(f"A key is an integer, a string or bytes; key {i} is {key!r} ({type(key).__name__}).")
 
 
-def _integers(items: list[Any]) -> Int64s | UInt64s:
+def _integers(items: list[Any]) -> _Integers:
     for dtype in (np.int64, np.uint64):
         try:
             return np.fromiter(map(int, items), dtype, len(items))

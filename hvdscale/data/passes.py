@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sized
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from hvdscale.errors import PlanError
 
-__all__ = ["Draws", "Passes"]
+__all__ = ["Draws", "Passes", "refuse_overtaken"]
+
+
+def refuse_overtaken() -> NoReturn:
+    """Raises PlanError: an iterator goes on though its loader has been iterated again."""
+    raise PlanError(
+        "A batch was taken from an iterator whose loader has been iterated again since. Use one iterator of a loader "
+        "at a time, and two loaders for two readings."
+    )
 
 
 class Draws(Protocol):
@@ -65,10 +73,7 @@ class Passes:
         """
         with self._lock:
             if turn != self._turn:
-                raise PlanError(
-                    "A batch was taken from an iterator whose loader has been iterated again since. Use one iterator "
-                    "of a loader at a time."
-                )
+                refuse_overtaken()
             batch: Any = self._feed.deliver()
             while not len(batch):  # an empty batch, which has no data
                 batch = self._feed.deliver()

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from hvdscale.data.nested import all_arrays, mapped, refuse_no_data, rows_in
 from hvdscale.data.types import Int64s
 from hvdscale.errors import PlanError
 
@@ -27,14 +28,11 @@ class Table:
     """
 
     def __init__(self, data: Any, collate: Callable[[Any], Any] | None = None) -> None:
-        self.is_arrays = _is_arrays(data)
-        if not self.is_arrays and not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
-            raise PlanError(
-                "data is an array, a tuple or dictionary of arrays, or an object with __len__ and __getitem__; "
-                f"it is a {type(data).__name__}. For a stream give a ShardStream as the plan."
-            )
-        self._data = _mapped(_in_numpy, data) if self.is_arrays else data
-        self._length = _length(self._data) if self.is_arrays else len(data)
+        self.is_arrays = all_arrays(data, _is_array)
+        if not self.is_arrays:
+            refuse_no_data(data)
+        self._data = mapped(np.asanyarray, data) if self.is_arrays else data  # a memory map stays one
+        self._length = rows_in(self._data) if self.is_arrays else len(data)
         self._collate = collate
 
     def __len__(self) -> int:
@@ -43,7 +41,7 @@ class Table:
     def fetch(self, samples: Int64s) -> Any:
         """The batch of these samples: arrays, in the structure of the data or of what ``collate`` makes."""
         if self.is_arrays:
-            rows = _mapped(lambda array: np.asarray(array[samples]), self._data)  # a copy, also of a memory map
+            rows = mapped(lambda array: np.asarray(array[samples]), self._data)  # a copy, also of a memory map
             return rows if self._collate is None else self._collate(rows)
         items = [self._data[sample] for sample in samples.tolist()]
         return (self._collate or stack)(items)
@@ -64,31 +62,5 @@ def stack(items: Sequence[Any]) -> Any:
     return np.stack([np.asarray(item) for item in items])
 
 
-def _is_arrays(data: Any) -> bool:
-    if isinstance(data, Mapping):
-        return bool(data) and all(map(_is_arrays, data.values()))
-    if isinstance(data, tuple):
-        return bool(data) and all(map(_is_arrays, data))
+def _is_array(data: Any) -> bool:
     return hasattr(data, "__array__") and len(getattr(data, "shape", ())) > 0
-
-
-def _in_numpy(array: Any) -> Any:
-    return array if isinstance(array, np.ndarray) else np.asarray(array)
-
-
-def _mapped(function: Callable[[Any], Any], arrays: Any) -> Any:
-    if isinstance(arrays, Mapping):
-        return {name: _mapped(function, array) for name, array in arrays.items()}
-    if isinstance(arrays, tuple):
-        return tuple(_mapped(function, array) for array in arrays)
-    return function(arrays)
-
-
-def _length(arrays: Any) -> int:
-    parts = list(arrays.values()) if isinstance(arrays, Mapping) else arrays if isinstance(arrays, tuple) else None
-    if parts is None:
-        return len(arrays)
-    lengths = [_length(part) for part in parts]
-    if len(set(lengths)) > 1:
-        raise PlanError(f"Arrays of one data set are of equal length; these have {lengths} rows.")
-    return lengths[0]
