@@ -19,6 +19,7 @@ from horovod.torch import ProcessSet
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from hvdscale.runtime import timeline
 from hvdscale.sync import Reduction
 from hvdscale.torch.gradients import Finish, launch
 
@@ -273,6 +274,8 @@ class Reducer:
     def _wait(self) -> None:
         flights, self._flights = self._flights, []
         for bucket, finish in flights:
-            for position, result in zip(bucket, finish(), strict=True):
+            with timeline.span("wait for gradients"):
+                results = finish()
+            for position, result in zip(bucket, results, strict=True):
                 if result.is_sparse:
                     self._parameters[position].grad = result

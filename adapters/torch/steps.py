@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hvdscale._version import __version__
+from hvdscale.runtime import timeline
 from hvdscale.sync import EveryStep, LocalPlan, Reduction
 
 __all__ = ["Attachment", "Exchange", "Terms", "after_step", "before_step"]
@@ -107,6 +108,8 @@ def before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 def after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     held: Attachment = optimizer._hvdscale
     held.steps += 1
+    if isinstance(held.terms.plan, EveryStep):  # rounds count their steps themselves
+        timeline.step()
     if held.exchange is not None:
         held.exchange.after_step()
 

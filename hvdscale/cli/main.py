@@ -9,12 +9,12 @@ import sys
 from collections.abc import Sequence
 
 from hvdscale._version import __version__
-from hvdscale.cli import build, doctor, plan, run, shards
+from hvdscale.cli import build, doctor, plan, run, shards, timeline
 from hvdscale.errors import HvdscaleError
 
 __all__ = ["main"]
 
-_COMMANDS = (build, doctor, plan, run, shards)
+_COMMANDS = (build, doctor, plan, run, shards, timeline)
 _INTERRUPTED = 130
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hvdscale.errors import WorldError
+from hvdscale.runtime import timeline
 from hvdscale.runtime.health import abort, end_job_on_error
 from hvdscale.runtime.launch import Launch, read_launch
 from hvdscale.runtime.settings import Setting, put_in_force
@@ -126,6 +127,7 @@ def join(
         end_job_on_error(launch.rank, abort, transport.who_left)
         # A script may end, or sys.exit, without shutdown(). Runs before Horovod's own exit handler, made earlier.
         atexit.register(transport.close)
+    timeline.start(transport)
     return World(rank, size, horovod.local_rank(), horovod.local_size(), launch, transport, preparation.settings)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from hvdscale.errors import PlanError, StateError
+from hvdscale.runtime import timeline
 from hvdscale.runtime.post import Post
 from hvdscale.sync.aside import Aside
 from hvdscale.sync.parameter_server import ParameterServer
@@ -119,6 +120,7 @@ class Asynchronous:
 
     def after_step(self) -> bool:
         """Count one step, and push if it is time to. Returns whether weights changed."""
+        timeline.step()
         samples, self._told = self._told or 1.0, 0.0
         self.step += 1
         if not self._begun:
@@ -221,7 +223,8 @@ class Asynchronous:
             ledger = beside.values.astype(np.float64) if beside is not None and server == first else np.zeros(0)
             weight = self._samples if self._since else 0.0
             messages[server] = Message(kind, self._clock, weight, ledger=ledger, values=values)
-        answers = self._servers.ask(messages)
+        with timeline.span("push and pull"), timeline.travel("transfer", push=self._pushes):
+            answers = self._servers.ask(messages)
         if change is not None:
             self._note(answers)
         for server, place in places.items():

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from hvdscale.runtime import timeline
 from hvdscale.runtime.channel import Channel
 from hvdscale.sync.aside import Aside
 from hvdscale.sync.header import Header, Meeting
@@ -79,9 +80,10 @@ class Courier:
         def travel() -> Meeting:
             meeting = Meeting(self._channel.table(header.row()), self._channel.ranks)
             if meeting.shares.any() and not meeting.all_leave:
-                part.exchange(departure.values, meeting)
-                for aside in asides:
-                    part.exchange.beside(aside.values, meeting)
+                with timeline.travel("transfer", round=header.round, fragment=header.fragment):
+                    part.exchange(departure.values, meeting)
+                    for aside in asides:
+                        part.exchange.beside(aside.values, meeting)
             return meeting
 
         return self._run(travel)
@@ -90,5 +92,6 @@ class Courier:
         if self._thread is not None:
             return self._thread.submit(travel)
         done: Future[Meeting] = Future()
-        done.set_result(travel())
+        with timeline.span("wait"):
+            done.set_result(travel())
         return done

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from hvdscale.runtime import timeline
 from hvdscale.runtime.channel import Channel
 from hvdscale.sync.aside import Aside
 from hvdscale.sync.calendar import Calendar
@@ -115,6 +116,7 @@ class Rounds:
 
         The step counts for the samples told since the last one, or for one if nobody told.
         """
+        timeline.step()
         samples = self._told.a_step()
         self.step += 1
         if not self._begun:
@@ -281,10 +283,11 @@ class Rounds:
             return False
         started = time.perf_counter()
         part = self._parts[fragment]
-        departure = part.depart(self._desk[: part.fragment.size], travels=False)
-        asides = self._asides(fragment)
-        header = self._header(fragment, phase, departure, asides, part.samples, float("nan"))
-        meeting = self._inside.hold(part, header, departure, asides)
+        with timeline.span("node round", fragment=fragment):
+            departure = part.depart(self._desk[: part.fragment.size], travels=False)
+            asides = self._asides(fragment)
+            header = self._header(fragment, phase, departure, asides, part.samples, float("nan"))
+            meeting = self._inside.hold(part, header, departure, asides)
         part.samples = 0.0
         self.metrics.not_finite += len(meeting.not_finite)
         self.metrics.node_rounds += 1
@@ -295,7 +298,8 @@ class Rounds:
         started = time.perf_counter()
         part, travels = self._parts[fragment], self.plan.overlap > 0 and phase is Phase.TRAINING
         out = np.empty(part.fragment.size, np.float32) if travels or not self._desk.size else self._desk
-        departure = part.depart(out[: part.fragment.size], travels)
+        with timeline.span("depart", round=self._departures, fragment=fragment):
+            departure = part.depart(out[: part.fragment.size], travels)
         asides = self._asides(fragment)
         header = self._header(fragment, phase, departure, asides, part.weight(phase), self._told.loss)
         meeting = self._courier.send(part, header, departure, asides)
@@ -342,11 +346,14 @@ class Rounds:
 
     def _land(self, flight: Flight, settle: bool = True) -> bool:
         started = time.perf_counter()
-        part, meeting, metrics = self._parts[flight.fragment], flight.meeting.result(), self.metrics
+        with timeline.span("wait", fragment=flight.fragment):
+            meeting = flight.meeting.result()
+        part, metrics = self._parts[flight.fragment], self.metrics
         metrics.not_finite += len(meeting.not_finite)
         voted = bool(meeting.shares.any())
         if voted:
-            found = part.arrive(flight.departure, meeting, self._store.lr())
+            with timeline.span("arrive", fragment=flight.fragment):
+                found = part.arrive(flight.departure, meeting, self._store.lr())
             for aside in flight.asides:
                 aside.arrive()
             if self.plan.state == "reset":
