@@ -32,6 +32,7 @@ reduce_gradients = verbs.reduce_gradients
 init = _hvd.init
 shutdown = _hvd.shutdown
 world = _hvd.world
+write_metrics = verbs.write_metrics
 runtime_settings = _hvd.runtime_settings
 Compression = _hvd.Compression
 is_initialized = _hvd.is_initialized
@@ -139,4 +140,5 @@ __all__ = [
     "stop_timeline",
     "verify_epoch",
     "world",
+    "write_metrics",
 ]

@@ -17,6 +17,7 @@ from hvdscale.tensorflow import sync
 from hvdscale.tensorflow.channel import open_channel, open_post
 from hvdscale.tensorflow.kinds import in_kind, kind_of
 from hvdscale.tensorflow.messages import exchanges
+from hvdscale.tensorflow.metrics import open_writer, write_metrics
 from hvdscale.tensorflow.runtime import control, world
 from hvdscale.tensorflow.sync import op_name
 
@@ -37,12 +38,14 @@ __all__ = [
     "op_name",
     "open_channel",
     "open_post",
+    "open_writer",
     "reduce_gradients",
     "run_between_steps",
     "scaled",
     "sum_over_ranks",
     "tensor",
     "world",
+    "write_metrics",
 ]
 
 FRAMEWORK = "tensorflow"
@@ -159,7 +162,7 @@ def run_between_steps(local: Any) -> None:
     meets.set_shape(())
 
     def meet() -> tf.Tensor:
-        variables = [v.value for v in local.variables]
+        variables = [v.value if isinstance(v, keras.Variable) else v for v in local.variables]
         lr = tf.cast(tf.convert_to_tensor(local.learning_rate), tf.float32)
         results = tf.numpy_function(local.meet_on, [lr, *variables], [v.dtype for v in variables])
         for variable, result in zip(variables, results, strict=True):

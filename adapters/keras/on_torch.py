@@ -14,6 +14,7 @@ import hvdscale.torch as hvd
 from hvdscale.sync import Kind
 from hvdscale.torch.channel import open_channel, open_post
 from hvdscale.torch.gradients import HOROVOD_OPS, reduce_gradients
+from hvdscale.torch.metrics import open_writer, write_metrics
 from hvdscale.torch.runtime import control, world
 
 __all__ = [
@@ -33,12 +34,14 @@ __all__ = [
     "op_name",
     "open_channel",
     "open_post",
+    "open_writer",
     "reduce_gradients",
     "run_between_steps",
     "scaled",
     "sum_over_ranks",
     "tensor",
     "world",
+    "write_metrics",
 ]
 
 FRAMEWORK = "torch"

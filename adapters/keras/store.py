@@ -109,7 +109,8 @@ class KerasStore:
         self.variables += [variable for variable, _ in entries]
         names = _told_apart([path_of(v) for v, _ in entries])
         specs = [
-            TensorSpec(name, tuple(v.shape), str(v.dtype), role) for name, (v, role) in zip(names, entries, strict=True)
+            TensorSpec(name, tuple(v.shape), keras.backend.standardize_dtype(v.dtype), role)
+            for name, (v, role) in zip(names, entries, strict=True)
         ]
         return specs, list(range(start, len(self.variables)))
 

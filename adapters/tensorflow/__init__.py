@@ -88,6 +88,7 @@ from hvdscale.tensorflow.collectives import (
     reducescatter,
 )
 from hvdscale.tensorflow.data import shard_dataset
+from hvdscale.tensorflow.metrics import write_metrics
 from hvdscale.tensorflow.objects import allgather_object, broadcast_object
 from hvdscale.tensorflow.optimizer import DistributedOptimizer, LocalGradientAggregationHelper
 from hvdscale.tensorflow.runtime import init, runtime_settings, shutdown, world
@@ -201,6 +202,7 @@ __all__ = [
     "vars_to_refs",
     "verify_epoch",
     "world",
+    "write_metrics",
 ]
 
 

@@ -10,6 +10,7 @@ from hvdscale.keras.callbacks import (
     LearningRateScheduleCallback,
     LearningRateWarmupCallback,
     MetricAverageCallback,
+    SyncMetricsCallback,
 )
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "LearningRateScheduleCallback",
     "LearningRateWarmupCallback",
     "MetricAverageCallback",
+    "SyncMetricsCallback",
 ]
 
 

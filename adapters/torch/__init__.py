@@ -31,6 +31,7 @@ from hvdscale.torch.broadcast import broadcast_optimizer_state, broadcast_parame
 from hvdscale.torch.common import *  # noqa: F403
 from hvdscale.torch.data import shard_dataset
 from hvdscale.torch.gradients import reduce_gradients
+from hvdscale.torch.metrics import write_metrics
 from hvdscale.torch.model import shard_model
 from hvdscale.torch.objects import allgather_object, broadcast_object
 from hvdscale.torch.parallel_layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
@@ -97,4 +98,5 @@ __all__ = [
     "sync_batch_norm",
     "verify_epoch",
     "world",
+    "write_metrics",
 ]
