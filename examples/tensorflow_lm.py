@@ -2,6 +2,7 @@
 
     python examples/tensorflow_lm.py
     horovodrun -np 2 python examples/tensorflow_lm.py
+    mpirun -np 2 python examples/tensorflow_lm.py --sync diloco --every 16 --wire int8
 
 Lines that end in ``# hvd`` are all that distributed training needs.
 """
@@ -13,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 from lm.batches import Share
 from lm.flags import parse_flags, run
+from lm.plans import plan_of
 from lm.report import Report
 from lm.together import load_together
 
@@ -82,12 +84,15 @@ def mean_of_ranks(values: np.ndarray) -> np.ndarray:
     return hvd.allreduce(tf.constant(values)).numpy()  # hvd
 
 
-def evaluate(model: LanguageModel, share: Share, batch_size: int, report: Report) -> None:
+def evaluate(
+    model: LanguageModel, optimizer: tf.keras.optimizers.Optimizer, share: Share, batch_size: int, report: Report
+) -> None:
     inputs, targets = share.held_out
     total = 0.0
-    for i in range(0, len(inputs), batch_size):
-        piece = targets[i : i + batch_size]
-        total += float(model.loss(tf.constant(inputs[i : i + batch_size]), tf.constant(piece))) * piece.size
+    with optimizer.sync.evaluating():  # hvd: the weights that all ranks share
+        for i in range(0, len(inputs), batch_size):
+            piece = targets[i : i + batch_size]
+            total += float(model.loss(tf.constant(inputs[i : i + batch_size]), tf.constant(piece))) * piece.size
     report.evaluated(total / max(targets.size, 1), targets.size)
 
 
@@ -108,6 +113,7 @@ def main() -> None:
         warmup_steps=flags.warmup,
     )
     optimizer = tf.keras.optimizers.AdamW(rate, weight_decay=0.01, global_clipnorm=1.0)
+    optimizer = hvd.DistributedOptimizer(optimizer, sparse_as_dense=True, sync=plan_of(flags))  # hvd
     optimizer.build(weights)
     hvd.broadcast_variables([*model.variables, *optimizer.variables], root_rank=0)  # hvd
 
@@ -115,18 +121,20 @@ def main() -> None:
     def train(inputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
         with tf.GradientTape() as tape:
             loss = model.loss(inputs, targets)
-        tape = hvd.DistributedGradientTape(tape, sparse_as_dense=True)  # hvd
         optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
         return loss
 
     report = Report(rank, ranks, flags.steps, flags.batch_size * flags.context, mean_of_ranks, flags.logdir)
+    report.agreement = optimizer.sync.metrics  # hvd
     report.say(f"{ranks} rank{'s' if ranks > 1 else ''} on TensorFlow {tf.__version__}")
     report.say(f"{sum(int(tf.size(w)) for w in weights):,} parameters; {share.description}")
-    evaluate(model, share, flags.batch_size, report)
+    evaluate(model, optimizer, share, flags.batch_size, report)
     for step in range(flags.steps):
         report.step(float(train(*map(tf.constant, share.batches[step]))))
         if (step + 1) % flags.eval_every == 0 or step + 1 == flags.steps:
-            evaluate(model, share, flags.batch_size, report)
+            if step + 1 == flags.steps:
+                optimizer.sync.flush()  # hvd
+            evaluate(model, optimizer, share, flags.batch_size, report)
     report.finish(flags.plot, flags.record)
 
 

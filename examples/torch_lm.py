@@ -2,6 +2,7 @@
 
     python examples/torch_lm.py
     mpirun -np 2 python examples/torch_lm.py
+    mpirun -np 2 python examples/torch_lm.py --sync diloco --every 16 --wire int8
 
 Lines that end in ``# hvd`` are all that distributed training needs.
 """
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from lm.batches import Share
 from lm.flags import parse_flags, run
+from lm.plans import plan_of
 from lm.report import Report
 from lm.together import load_together
 from torch import Tensor, nn
@@ -71,10 +73,12 @@ def mean_of_ranks(values: np.ndarray) -> np.ndarray:
     return hvd.allreduce(torch.from_numpy(values)).numpy()  # hvd
 
 
-def evaluate(model: LanguageModel, share: Share, batch_size: int, report: Report) -> None:
+def evaluate(
+    model: LanguageModel, optimizer: torch.optim.Optimizer, share: Share, batch_size: int, report: Report
+) -> None:
     inputs, targets = share.held_out
     total = 0.0
-    with torch.inference_mode():
+    with optimizer.sync.evaluating(), torch.no_grad():  # hvd: the weights that all ranks share
         for i in range(0, len(inputs), batch_size):
             piece = targets[i : i + batch_size]
             total += model.loss(inputs[i : i + batch_size], piece).item() * piece.size
@@ -90,23 +94,27 @@ def main() -> None:
     torch.manual_seed(flags.seed)
     model = LanguageModel(share.vocabulary, flags.context, flags.layers, flags.width, flags.heads)
     optimizer = torch.optim.AdamW(model.parameters(), flags.lr, weight_decay=0.01)
-    optimizer = hvd.DistributedOptimizer(optimizer, model=model)  # hvd
+    optimizer = hvd.DistributedOptimizer(optimizer, model=model, sync=plan_of(flags))  # hvd
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, flags.steps, flags.warmup))
 
     report = Report(rank, ranks, flags.steps, flags.batch_size * flags.context, mean_of_ranks, flags.logdir)
+    report.agreement = optimizer.sync.metrics  # hvd
     report.say(f"{ranks} rank{'s' if ranks > 1 else ''} on PyTorch {torch.__version__}")
     report.say(f"{sum(p.numel() for p in model.parameters()):,} parameters; {share.description}")
-    evaluate(model, share, flags.batch_size, report)
+    evaluate(model, optimizer, share, flags.batch_size, report)
     for step in range(flags.steps):
         optimizer.zero_grad()
         loss = model.loss(*share.batches[step])
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.sync.tell(loss.item())  # hvd
         optimizer.step()
         rate.step()
         report.step(loss.item())
         if (step + 1) % flags.eval_every == 0 or step + 1 == flags.steps:
-            evaluate(model, share, flags.batch_size, report)
+            if step + 1 == flags.steps:
+                optimizer.sync.flush()  # hvd
+            evaluate(model, optimizer, share, flags.batch_size, report)
     report.finish(flags.plot, flags.record)
 
 

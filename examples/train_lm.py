@@ -3,6 +3,7 @@
     python examples/train_lm.py
     KERAS_BACKEND=tensorflow horovodrun -np 2 python examples/train_lm.py
     KERAS_BACKEND=torch mpirun -np 2 python examples/train_lm.py --logdir runs/lm --plot loss.png
+    KERAS_BACKEND=torch mpirun -np 2 python examples/train_lm.py --sync local-sgd --every 32 --wire int8
 
 The model is a decoder-only transformer in Keras 3. Without ``--data`` it reads the source of Python's own library.
 Lines that end in ``# hvd`` are all that distributed training needs.
@@ -16,6 +17,7 @@ import numpy as np
 from keras import layers, ops
 from lm.batches import Batches, Share
 from lm.flags import parse_flags, run
+from lm.plans import plan_of
 from lm.report import Report
 from lm.together import load_together
 
@@ -93,7 +95,8 @@ def mean_of_ranks(values: np.ndarray) -> np.ndarray:
 
 def evaluate(model: keras.Model, share: Share, batch_size: int, report: Report) -> None:
     inputs, targets = share.held_out
-    loss = model.evaluate(inputs, targets, batch_size=batch_size, verbose=0) if len(inputs) else 0.0
+    with model.optimizer.sync.evaluating():  # hvd: the weights that all ranks share
+        loss = model.evaluate(inputs, targets, batch_size=batch_size, verbose=0) if len(inputs) else 0.0
     report.evaluated(loss, targets.size)
 
 
@@ -112,10 +115,11 @@ def main() -> None:
         warmup_steps=flags.warmup,
     )
     optimizer = keras.optimizers.AdamW(rate, weight_decay=0.01, global_clipnorm=1.0)
-    optimizer = hvd.DistributedOptimizer(optimizer, model=model)  # hvd
+    optimizer = hvd.DistributedOptimizer(optimizer, model=model, sync=plan_of(flags))  # hvd
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
 
     report = Report(rank, ranks, flags.steps, flags.batch_size * flags.context, mean_of_ranks, flags.logdir)
+    report.agreement = optimizer.sync.metrics  # hvd
     report.say(f"{ranks} rank{'s' if ranks > 1 else ''} on Keras {keras.__version__} with {keras.backend.backend()}")
     report.say(f"{model.count_params():,} parameters; {share.description}")
     evaluate(model, share, flags.batch_size, report)
@@ -123,6 +127,8 @@ def main() -> None:
         count = min(flags.eval_every, flags.steps - first)
         steps = Steps(share.batches, first, count)
         model.fit(steps, shuffle=False, verbose=0, callbacks=[Losses(report)])
+        if first + count == flags.steps:
+            optimizer.sync.flush()  # hvd
         evaluate(model, share, flags.batch_size, report)
     report.finish(flags.plot, flags.record)
 

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from hvdscale.errors import HvdscaleError, PlanError
+from lm.plans import add_plan_flags, plan_of
 
 
-def parse_flags(description: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The launch lines of the description as they are, and each flag's default."""
+
+
+def parse_flags(
+    description: str,
+    arguments: Sequence[str] | None = None,
+    extend: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> argparse.Namespace:
+    """The command line, ``arguments`` when given; ``extend`` adds flags of an example's own."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
     text = parser.add_argument_group("text")
     text.add_argument("--data", help="a text file or a folder; left out: the source of Python's own library")
     text.add_argument("--tokenizer", default="bytes", metavar="{bytes,bpe}", help="bpe: one is trained on the text")
@@ -33,18 +43,21 @@ def parse_flags(description: str) -> argparse.Namespace:
     )
     train.add_argument("--eval-every", type=int, default=100, help="steps between evaluations")
     train.add_argument("--seed", type=int, default=0)
+    add_plan_flags(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--logdir", help="write TensorBoard scalars here")
     output.add_argument("--plot", help="write the loss curves to this image")
     output.add_argument("--record", help="write the losses to this JSON file")
-    flags = parser.parse_args()
+    if extend is not None:
+        extend(parser)
+    flags = parser.parse_args(arguments)
     if flags.warmup is None:
         flags.warmup = min(20, max(flags.steps, 0) // 5)
     return flags
 
 
 def check_flags(flags: argparse.Namespace) -> None:
-    """Raises PlanError for numbers no run can have."""
+    """Raises PlanError for numbers no run can have, and for a plan that cannot be."""
     for name in ("layers", "width", "heads", "context", "steps", "batch_size", "eval_every"):
         if getattr(flags, name) < 1:
             raise PlanError(f"--{name.replace('_', '-')} must be at least 1; it is {getattr(flags, name)}.")
@@ -58,6 +71,7 @@ def check_flags(flags: argparse.Namespace) -> None:
         raise PlanError(f"--warmup lies in 0..steps-1; it is {flags.warmup} of {flags.steps} steps.")
     if not 0 < flags.held_out < 1:
         raise PlanError(f"--held-out lies between 0 and 1; it is {flags.held_out:g}.")
+    plan_of(flags)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,7 @@ class Report:
     logdir: str | None = None
     train: list[float] = field(default_factory=list)  # one a step: this rank's, once averaged all ranks'
     held_out: dict[int, float] = field(default_factory=dict)  # by the number of steps taken
+    agreement: Callable[[], Mapping[str, float]] = dict  # running figures of the plan, by name
 
     def __post_init__(self) -> None:
         self._averaged = 0
@@ -67,6 +68,8 @@ class Report:
                 self._scalars.write("loss/train", self.train[i], i + 1)
             self._scalars.write("loss/held-out", self.held_out[step], step)
             self._scalars.write("tokens per second", self.tokens_per_second * self.ranks, step)
+            for name, value in self.agreement().items():
+                self._scalars.write(f"sync/{name}", value, step)
         self._averaged = step
         self._since = None
 
@@ -84,6 +87,9 @@ class Report:
         self._bar.close()
         before, after = self.held_out[min(self.held_out)], self.held_out[max(self.held_out)]
         print(f"speed          {everyone / self.ranks:,.0f} tokens/s per rank, {everyone:,.0f} tokens/s in all")
+        agreed = self.agreement()
+        if agreed:
+            print(f"agreement      {agreed['rounds']:.0f} rounds, {agreed['bytes_sent'] / 1e6:,.1f} MB sent by rank 0")
         print(f"held-out loss  {before:.4f} before, {after:.4f} after {len(self.train)} steps", flush=True)
         if self._scalars:
             self._scalars.close()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hvdscale.runtime.trace import merge, spent
 from tests.launcher import Finished, launch
 
 MODEL = ("--layers", "2", "--width", "32", "--heads", "2", "--context", "32")
@@ -17,12 +18,19 @@ DEADLINE_SECONDS = 400
 BACKENDS = ("torch", "tensorflow")
 
 
-def train(script: str, *flags: str, backend: str = "torch", ranks: int = 2, launcher: str = "mpirun") -> Finished:
+def train(
+    script: str,
+    *flags: str,
+    backend: str = "torch",
+    ranks: int = 2,
+    launcher: str = "mpirun",
+    timeline: Path | None = None,
+) -> Finished:
     return launch(
         [f"examples/{script}.py", *MODEL, *STEPS, *flags],
         ranks=ranks,
         launcher=launcher,
-        env={"KERAS_BACKEND": backend},
+        env={"KERAS_BACKEND": backend} | ({"HVDSCALE_TIMELINE": str(timeline)} if timeline else {}),
         deadline_seconds=DEADLINE_SECONDS,
     )
 
@@ -61,19 +69,30 @@ def test_the_same_seed_gives_the_same_losses() -> None:
     ("script", "backend", "launcher", "flags"),
     [
         ("train_lm", "tensorflow", "horovodrun", ()),
-        ("train_lm", "torch", "mpirun", ("--tokenizer", "bpe", "--vocabulary", "600")),
-        ("torch_lm", "torch", "mpirun", ()),
-        ("tensorflow_lm", "tensorflow", "mpirun", ("--shard", "ordered")),
+        (
+            *("train_lm", "torch", "mpirun"),
+            ("--tokenizer", "bpe", "--vocabulary", "600", "--sync", "local-sgd", "--every", "5", "--wire", "int8"),
+        ),
+        (
+            *("torch_lm", "torch", "mpirun"),
+            ("--sync", "diloco", "--every", "5", "--fragments", "2", "--overlap", "2", "--outer-momentum", "0.5"),
+        ),
+        (
+            *("tensorflow_lm", "tensorflow", "mpirun"),
+            ("--shard", "ordered", "--sync", "slowmo", "--every", "post-local:10,5", "--sync-warmup", "5"),
+        ),
     ],
-    ids=["keras on tensorflow", "keras on torch, bpe", "torch", "tensorflow"],
+    ids=["keras on tensorflow", "keras on torch, bpe, local SGD", "torch, DiLoCo", "tensorflow, SlowMo"],
 )
 def test_learns_and_reports(script: str, backend: str, launcher: str, flags: tuple[str, ...], tmp_path: Path) -> None:
     plot, logs, record = tmp_path / "loss.png", tmp_path / "logs", tmp_path / "losses.json"
+    rounds = "--sync" in flags
     output = train(
         script,
         *(*flags, "--batch-size", "4", "--plot", str(plot), "--logdir", str(logs), "--record", str(record)),
         backend=backend,
         launcher=launcher,
+        timeline=tmp_path / "trace.json" if rounds else None,
     ).check()
     assert re.search(r"2 ranks on (Keras|PyTorch|TensorFlow) \d", output)
     assert re.search(r"[\d,]{6,} parameters; \d+ documents, \d+ of them held out; [\d.]+ M tokens", output)
@@ -87,11 +106,26 @@ def test_learns_and_reports(script: str, backend: str, launcher: str, flags: tup
     assert recorded["held_out"]["50"] == pytest.approx(after, abs=1e-4)
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert len(list(logs.glob("events.out.tfevents.*"))) == 1  # rank 0 alone writes
+    assert_rounds_are_shown(rounds, output, logs, tmp_path)
     assert output.count("held-out loss") == 4  # and it alone prints: three evaluations and the summary
     assert "Traceback" not in output
     # horovodrun itself imports TensorFlow; it marks what the ranks write with "[1,rank]".
     written = [line for line in output.splitlines() if launcher != "horovodrun" or line.startswith("[1,")]
     assert not [line for line in written if "WARNING" in line]
+
+
+def assert_rounds_are_shown(rounds: bool, output: str, logs: Path, folder: Path) -> None:
+    """In the summary, in TensorBoard and in the timelines, where the plan has rounds; nowhere else."""
+    shown = re.search(r"agreement +(\d+) rounds, ([\d.]+) MB sent", output)
+    scalars = b"sync/drift" in next(logs.glob("events.out.tfevents.*")).read_bytes()
+    traces = sorted(folder.glob("trace.rank*.json"))
+    assert bool(shown) == scalars == bool(traces) == rounds
+    if rounds:
+        assert int(shown.group(1)) > 5
+        assert float(shown.group(2)) > 0
+        assert len(traces) == 2
+        seconds = spent(merge(traces))
+        assert all(s.computing > 0 and s.rounds > 0 and s.under_way > 0 for s in seconds.values())
 
 
 @pytest.mark.parametrize(
@@ -104,8 +138,9 @@ def test_learns_and_reports(script: str, backend: str, launcher: str, flags: tup
         (b"words and\n\n" * 20000, ("--batch-size", "9999"), "A batch cannot be larger than the data"),
         (b"words and\n\n" * 20000, ("--tokenizer", "words"), "'bytes' or 'bpe'; it is 'words'"),
         (b"words and\n\n" * 20000, ("--heads", "5"), "--width must be a multiple of --heads"),
+        (b"words and\n\n" * 20000, ("--sync", "diloco", "--overlap", "40"), "overlap is 40 and every is 32"),
     ],
-    ids=["missing", "empty", "binary", "too few documents", "batch too large", "unknown tokenizer", "heads"],
+    ids=["missing", "empty", "binary", "too few documents", "batch too large", "unknown tokenizer", "heads", "plan"],
 )
 def test_wrong_input_ends_the_job_with_one_line(
     content: bytes | None, flags: tuple[str, ...], message: str, tmp_path: Path
