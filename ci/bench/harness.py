@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import Progress
@@ -36,7 +36,9 @@ __all__ = [
     "arguments",
     "finish",
     "interleave",
+    "launch",
     "run_once",
+    "slowest",
 ]
 
 BIN = Path(sys.executable).parent
@@ -137,13 +139,28 @@ def run_once(variant: Variant, deadline_seconds: float) -> Metrics:
     if variant.fixed is not None:
         return dict(variant.fixed)
     with tempfile.TemporaryDirectory(prefix="hvdscale-bench-") as folder:
-        _run_group(variant, Path(folder), deadline_seconds)
-        left = [json.loads(p.read_text()) for p in sorted(Path(folder).glob("result-*.json"))]
+        left = launch(variant, Path(folder), deadline_seconds)
+    return slowest(left)
+
+
+def slowest(left: Sequence[Mapping[str, Metrics]]) -> Metrics:
+    """Of what the ranks left: each metric's largest figure."""
+    return {metric: max(result["seconds"][metric] for result in left) for metric in left[0]["seconds"]}
+
+
+def launch(variant: Variant, folder: Path, deadline_seconds: float) -> list[dict[str, Any]]:
+    """Start the variant's processes together, with ``BENCH_FOLDER`` naming ``folder``; what each rank left there.
+
+    Raises:
+        BenchError: as ``run_once``.
+    """
+    _run_group(variant, folder, deadline_seconds)
+    left = [json.loads(p.read_text()) for p in sorted(folder.glob("result-*.json"))]
     if len(left) != variant.ranks:
         raise BenchError(f"{variant.name}: {len(left)} ranks left a result, {variant.ranks} must.")
     if len({result["same_everywhere"] for result in left}) > 1:
         raise BenchError(f"{variant.name}: its ranks ended with different weights, so it did not keep them in step.")
-    return {metric: max(result["seconds"][metric] for result in left) for metric in left[0]["seconds"]}
+    return left
 
 
 def _run_group(variant: Variant, folder: Path, deadline_seconds: float) -> None:

@@ -9,12 +9,13 @@ from ci.bench.harness import Target, arguments, finish, interleave
 from ci.bench.local import local_variants, settings_to_try
 
 RANKS = 2
-ROLES = {"independent": "limit", "strategy": "peer", "horovod": "peer", "hvdscale": "ours"}
+ROLES = {"independent": "limit", "strategy": "peer", "horovod": "peer", "hvdscale": "ours", "local_sgd": "peer"}
 NAMES = {
     "independent": "no communication",
     "strategy": "MultiWorkerMirroredStrategy",
     "horovod": "stock Horovod",
     "hvdscale": "hvdscale",
+    "local_sgd": "hvdscale, LocalSGD(32)",
 }
 TARGETS = (
     Target("no communication", 0.95),

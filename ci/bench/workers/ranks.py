@@ -7,12 +7,12 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
-__all__ = ["digest", "leave_result", "median_seconds", "meet"]
+__all__ = ["digest", "leave_result", "mean_seconds", "median_seconds", "meet"]
 
 _FOLDER = "BENCH_FOLDER"
 
@@ -48,7 +48,20 @@ def digest(arrays: Iterable[np.ndarray]) -> str:
     return hashed.hexdigest()
 
 
-def leave_result(rank: int, same_everywhere: str | None = None, **seconds: float) -> None:
-    """Write this rank's figures where the harness looks for them, and what must be the same on all ranks."""
-    result = {"same_everywhere": same_everywhere, "seconds": seconds}
+def mean_seconds(step: Callable[[], object], steps: int) -> float:
+    """Mean time of one of ``steps`` calls: for calls of which some cost more than others."""
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    return (time.perf_counter() - start) / steps
+
+
+def leave_result(
+    rank: int, same_everywhere: str | None = None, facts: Mapping[str, float] | None = None, **seconds: float
+) -> None:
+    """Write this rank's figures where the harness looks for them, and what must be the same on all ranks.
+
+    ``facts`` are figures that are no times.
+    """
+    result = {"same_everywhere": same_everywhere, "seconds": seconds, "facts": dict(facts or {})}
     (Path(os.environ[_FOLDER]) / f"result-{rank}.json").write_text(json.dumps(result))

@@ -1,0 +1,75 @@
+"""One rank of a curve: a small GPT on real text, and its held-out loss as training goes on."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+
+import torch
+from lm.batches import Share, load_share
+from lm.flags import parse_flags
+from torch import nn
+
+from ci.bench.workers.ranks import leave_result
+from ci.bench.workers.relaxed_ways import Trainer, first_model, join
+
+# The learning rate is the same function of the step in every way, whatever the length of the run.
+LR, WARMUP_STEPS, HORIZON_STEPS = 1e-3, 20, 360
+HELD_OUT_WINDOWS = 64  # of each rank
+
+
+def learning_rate(step: int) -> float:
+    """The part of ``LR`` at ``step``: linear warm-up, then a cosine down to a tenth."""
+    if step < WARMUP_STEPS:
+        return (step + 1) / WARMUP_STEPS
+    return 0.55 + 0.45 * math.cos(math.pi * (step - WARMUP_STEPS) / (HORIZON_STEPS - WARMUP_STEPS))
+
+
+def judged_after(step: int, period: int) -> bool:
+    """Where all ranks have just met: seldom at first, often around step 300."""
+    if step % period:
+        return False
+    return step % max(64, period) == 0 or (step >= 256 and step % max(8, period) == 0) or (period == 1 and step == 300)
+
+
+def held_out_loss(trainer: Trainer, share: Share) -> float:
+    """Mean over the tokens of all ranks, in nats, of the weights that ranks share."""
+    inputs, targets = (torch.from_numpy(array[:HELD_OUT_WINDOWS]) for array in share.held_out)
+    with trainer.evaluating(), torch.no_grad():
+        losses = [
+            nn.functional.cross_entropy(trainer.model(x).flatten(0, 1), y.long().flatten()).item()
+            for x, y in zip(inputs.split(8), targets.split(8), strict=True)
+        ]
+    return float(trainer.mean(torch.tensor([sum(losses) / len(losses)], dtype=torch.float64)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--way", required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    options = parser.parse_args()
+    model = first_model()
+    inner = torch.optim.AdamW(model.parameters(), LR, weight_decay=0.01)
+    trainer = join(options.way, model, inner)
+    rate = torch.optim.lr_scheduler.LambdaLR(inner, learning_rate)
+    # The examples' defaults: the source of Python's library in bytes, 8 windows of 128 per rank and step; of one order.
+    share = load_share(parse_flags("", ["--shard", "random"]), trainer.rank, trainer.ranks)
+    curve: dict[int, float] = {}
+    began = time.monotonic()
+    for step in range(1, options.steps + 1):
+        trainer.step(*map(torch.from_numpy, share.batches[step - 1]))
+        rate.step()
+        if step == options.steps:
+            trainer.flush()
+        if step == options.steps or judged_after(step, trainer.period):
+            curve[step] = held_out_loss(trainer, share)
+            if trainer.rank == 0:
+                print(
+                    f"{options.way}: {curve[step]:.4f} after {step} steps, {time.monotonic() - began:.0f} s", flush=True
+                )
+    leave_result(trainer.rank, facts={str(step): loss for step, loss in curve.items()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""One rank of the bench of relaxed synchronisation: mean seconds of a step, rounds included, and the bytes it sent."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from ci.bench.relaxed_plans import INDEPENDENT, POST_LOCAL
+from ci.bench.workers.ranks import digest, leave_result, mean_seconds, meet
+from ci.bench.workers.relaxed_ways import first_model, join
+from ci.bench.workers.torch_step import random_batch
+
+WARMUP_STEPS = 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--way", required=True)
+    parser.add_argument("--steps", type=int, required=True, help="whole periods, so that rounds count in full")
+    options = parser.parse_args()
+    model = first_model()
+    trainer = join(options.way, model, torch.optim.AdamW(model.parameters(), 3e-4))
+    tokens = random_batch(trainer.rank)
+
+    def step() -> float:
+        return trainer.step(tokens[:, :-1], tokens[:, 1:])
+
+    for _ in range(WARMUP_STEPS):
+        step()
+    trainer.flush()  # a round of everything: connections are open and memory is there
+    for _ in range(trainer.period if trainer.overlaps else 0):
+        step()  # what is on its way at the end is on its way at the beginning, too
+    meet(trainer.rank, trainer.ranks)
+    wire, counted = _wire_bytes(), trainer.metrics().get("bytes_sent", 0.0)
+    seconds = mean_seconds(step, options.steps)
+    trainer.flush()  # what is still on its way arrives before bytes are compared
+    counted = trainer.metrics().get("bytes_sent", 0.0) - counted
+    facts = {"wire_bytes": _wire_bytes() - wire, "counted_bytes": counted}
+    kept_in_step = options.way not in (INDEPENDENT, POST_LOCAL)
+    weights = digest(p.detach().numpy() for p in model.parameters()) if kept_in_step else None
+    leave_result(trainer.rank, weights, facts, step=seconds)
+
+
+def _wire_bytes() -> int:
+    """What this host has put on its link; 0 on a machine that is no host of the rig."""
+    lines = [line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("eth0:")]
+    return int(lines[0].split(":")[1].split()[8]) if lines else 0
+
+
+if __name__ == "__main__":
+    main()
