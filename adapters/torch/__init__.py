@@ -31,6 +31,7 @@ from hvdscale.torch.broadcast import broadcast_optimizer_state, broadcast_parame
 from hvdscale.torch.common import *  # noqa: F403
 from hvdscale.torch.data import shard_dataset
 from hvdscale.torch.gradients import reduce_gradients
+from hvdscale.torch.lazy import Lazy
 from hvdscale.torch.metrics import write_metrics
 from hvdscale.torch.model import shard_model
 from hvdscale.torch.objects import allgather_object, broadcast_object
@@ -39,6 +40,7 @@ from hvdscale.torch.parallel_loss import parallel_cross_entropy
 from hvdscale.torch.runtime import runtime_settings, world
 from hvdscale.torch.samplers import ShardedBatchSampler
 from hvdscale.torch.sharded import ShardedModel, clip_grad_norm_
+from hvdscale.torch.skips import Skip
 from hvdscale.torch.streaming import ShardedIterable
 from hvdscale.torch.sync import DistributedOptimizer
 from hvdscale.torch.verification import verify_epoch
@@ -54,9 +56,11 @@ __all__ = [
     "EveryStep",
     "DiLoCo",
     "Gossip",
+    "Lazy",
     "LocalSGD",
     "Mesh",
     "Nesterov",
+    "Skip",
     "SlowMo",
     "SlowMomentum",
     "constant",

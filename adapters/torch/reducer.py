@@ -23,7 +23,7 @@ from hvdscale.runtime import timeline
 from hvdscale.sync import Reduction
 from hvdscale.torch.gradients import Finish, launch
 
-__all__ = ["Reducer", "Survey"]
+__all__ = ["Announcer", "Reducer", "Survey"]
 
 _TOO_MANY_PASSES = (
     "Gradients were computed more than backward_passes_per_step={passes} times before call to step() "
@@ -37,6 +37,40 @@ Survey = Callable[[dict[int, bool]], dict[int, bool]]
 # The hook on each parameter, by its id: the optimizer wrapped last reduces its gradient, so that one thrown away but
 # not collected yet does not reduce it a second time. Entries of parameters long gone do no harm.
 _watching: dict[int, RemovableHandle] = {}
+_owners: dict[int, tuple[weakref.ref[Reducer], int]] = {}  # of the same parameters: who reduces, and the position there
+_quiet: set[int] = set()  # ids of parameters whose gradients someone else says are complete
+
+
+class Announcer:
+    """Says when gradients are complete where backward passes do not: a pipeline makes many of them, some in pieces.
+
+    Inside ``with announcer:`` hooks of ``parameters`` are silent. ``complete`` lets the reduction of gradients start;
+    leaving waits for it, as the end of a backward pass does.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._ids = {id(parameter) for parameter in parameters}
+
+    def __enter__(self) -> Announcer:
+        _quiet.update(self._ids)
+        return self
+
+    def complete(self, parameters: Sequence[Tensor]) -> None:
+        for parameter in parameters:
+            for reducer, position in self._reducers(parameter):
+                reducer.complete(position)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: object) -> None:
+        _quiet.difference_update(self._ids)
+        if kind is None:
+            found = [_owners[number][0]() for number in self._ids if number in _owners]
+            for reducer in dict.fromkeys(reducer for reducer in found if reducer is not None):
+                reducer.settle()
+
+    def _reducers(self, parameter: Tensor) -> list[tuple[Reducer, int]]:
+        reference, position = _owners.get(id(parameter), (None, 0))
+        reducer = None if reference is None else reference()
+        return [] if reducer is None or id(parameter) not in _watching else [(reducer, position)]
 
 
 class Reducer:
@@ -170,10 +204,11 @@ class Reducer:
 
         def hook(parameter: Tensor) -> None:
             alive = reducer()
-            if alive is not None:
+            if alive is not None and id(parameter) not in _quiet:
                 alive._gradient_ready(position)
 
         parameter = self._parameters[position]
+        _owners[id(parameter)] = (reducer, position)
         before = _watching.pop(id(parameter), None)
         if before is not None:
             before.remove()
@@ -199,7 +234,16 @@ class Reducer:
             self._sparse |= {position for position, is_sparse in kinds.items() if is_sparse}
             self._unknown -= kinds.keys()
 
-    def _gradient_ready(self, position: int) -> None:
+    def complete(self, position: int) -> None:
+        """A backward pass that this reducer did not watch is over for this parameter."""
+        self._gradient_ready(position, in_backward=False)
+
+    def settle(self) -> None:
+        """That pass is over for all parameters."""
+        if self._left and not any(self._waiting):
+            self._backward_over()
+
+    def _gradient_ready(self, position: int, in_backward: bool = True) -> None:
         if self._finished == "backward":
             raise AssertionError(_TOO_MANY_PASSES.format(passes=self.passes, name=self._names[position]))
         if self._finished or not self._left:
@@ -216,7 +260,7 @@ class Reducer:
         self._waiting[number] -= 1
         if self._waiting[number] == 0 and not self._asks:
             self._launch(self._buckets[number])
-        if not self._queued:
+        if in_backward and not self._queued:
             self._queued = True
             # Runs when the backward pass in progress is over; there is no public name for it.
             torch.autograd.Variable._execution_engine.queue_callback(self._backward_over)
