@@ -18,7 +18,7 @@ from hvdscale.tensorflow.channel import open_channel, open_post
 from hvdscale.tensorflow.kinds import in_kind, kind_of
 from hvdscale.tensorflow.messages import exchanges
 from hvdscale.tensorflow.metrics import open_writer, write_metrics
-from hvdscale.tensorflow.runtime import control, world
+from hvdscale.tensorflow.runtime import control, neighbours, world
 from hvdscale.tensorflow.sync import op_name
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "in_kind",
     "initialised",
     "kind_of",
+    "neighbours",
     "only_if",
     "op_name",
     "open_channel",

@@ -15,7 +15,7 @@ from hvdscale.sync import Kind
 from hvdscale.torch.channel import open_channel, open_post
 from hvdscale.torch.gradients import HOROVOD_OPS, reduce_gradients
 from hvdscale.torch.metrics import open_writer, write_metrics
-from hvdscale.torch.runtime import control, world
+from hvdscale.torch.runtime import control, neighbours, world
 
 __all__ = [
     "apart_from_compilers",
@@ -30,6 +30,7 @@ __all__ = [
     "in_kind",
     "initialised",
     "kind_of",
+    "neighbours",
     "only_if",
     "op_name",
     "open_channel",

@@ -26,7 +26,7 @@ from hvdscale.torch.adasum import DeltaReducer
 from hvdscale.torch.local import LocalTraining
 from hvdscale.torch.names import parameter_names
 from hvdscale.torch.reducer import Reducer, Survey
-from hvdscale.torch.runtime import control, elastic
+from hvdscale.torch.runtime import control, elastic, neighbours
 from hvdscale.torch.steps import Attachment, Terms, after_step, before_step
 
 __all__ = ["DistributedMixin", "distribute", "plain_class"]
@@ -144,6 +144,7 @@ def distribute(
     named: list[tuple[str, Tensor]],
     sparse: frozenset[int] | None = None,
     model: nn.Module | None = None,
+    near: bool = False,
 ) -> None:
     """Make ``optimizer`` distributed in place. Collective over the process set.
 
@@ -153,6 +154,7 @@ def distribute(
         named: ``(name, parameter)`` of all groups, in order.
         sparse: ``id`` of the parameters that have sparse gradients, or ``None`` where that is not known.
         model: whose buffers are averaged in rounds.
+        near: whether gradients may travel all at once, where ranks share memory.
 
     Raises:
         DesyncError: ranks disagree on parameters, optimizer or terms.
@@ -160,7 +162,9 @@ def distribute(
     """
     global _wrapped
     number, _wrapped = str(_wrapped), _wrapped + 1
-    held = Attachment(terms, names, named, number, None, sparse or frozenset(), asks=sparse is None, model=model)
+    held = Attachment(
+        terms, names, named, number, None, sparse or frozenset(), asks=sparse is None, model=model, near=near
+    )
     alone = not _takes_part(terms)
     if not alone:
         _agree(optimizer, held, "the optimizer")
@@ -188,7 +192,7 @@ def _agree(optimizer: Optimizer, held: Attachment, about: str) -> None:
         for name, p in held.named
     ]
     agree(
-        Fingerprint.of(tensors, held.terms.facts(plain_class(optimizer), held.number)),
+        Fingerprint.of(tensors, held.terms.facts(plain_class(optimizer), held.number, held.near)),
         control(held.terms.process_set),
         about,
     )
@@ -198,6 +202,7 @@ def _watch(optimizer: Optimizer, held: Attachment) -> None:
     terms, prefix = held.terms, f"hvdscale.{held.number}."
     common = {"compression": terms.compression, "process_set": terms.process_set, "prefix": prefix}
     survey = _survey(terms) if held.asks else None
+    meet = (lambda room_bytes: neighbours(room_bytes, terms.process_set)) if held.near else None
     if terms.reduction.op == "adasum":
         held.exchange = DeltaReducer(terms.reduction, **common)
     elif isinstance(terms.plan, LocalPlan):
@@ -205,7 +210,7 @@ def _watch(optimizer: Optimizer, held: Attachment) -> None:
         reducer = Reducer(terms.reduction, sparse=held.sparse, survey=survey, **common) if warm else None
         held.exchange = LocalTraining(terms.plan, optimizer, held.model, terms.process_set, reducer)
     else:
-        held.exchange = Reducer(terms.reduction, sparse=held.sparse, survey=survey, **common)
+        held.exchange = Reducer(terms.reduction, sparse=held.sparse, survey=survey, meet=meet, **common)
     held.exchange.add(held.named)
     optimizer.register_step_pre_hook(before_step)
     optimizer.register_step_post_hook(after_step)

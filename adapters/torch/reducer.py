@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from hvdscale.runtime import timeline
+from hvdscale.runtime.neighbours import Neighbours, packed_bytes
 from hvdscale.sync import Reduction
 from hvdscale.torch.gradients import Finish, launch
 
-__all__ = ["Announcer", "Reducer", "Survey"]
+__all__ = ["Announcer", "Meet", "Reducer", "Survey"]
 
 _TOO_MANY_PASSES = (
     "Gradients were computed more than backward_passes_per_step={passes} times before call to step() "
@@ -33,6 +34,9 @@ _TOO_MANY_PASSES = (
 
 Survey = Callable[[dict[int, bool]], dict[int, bool]]
 """Joins what ranks know: whether the gradient at a position is sparse. Collective."""
+
+Meet = Callable[[int], Neighbours | None]
+"""Makes room for so many bytes in memory that the ranks share, where it can be. Collective."""
 
 # The hook on each parameter, by its id: the optimizer wrapped last reduces its gradient, so that one thrown away but
 # not collected yet does not reduce it a second time. Entries of parameters long gone do no harm.
@@ -83,6 +87,7 @@ class Reducer:
         prefix: put before parameter names in message names, different for every optimizer.
         sparse: ``id`` of parameters known to have sparse gradients.
         survey: asks all ranks, where nobody said which gradients are sparse; ``None`` where that is known.
+        meet: makes room for so many bytes in memory that the ranks share; gradients then travel as one message.
     """
 
     watches_gradients = True
@@ -96,6 +101,7 @@ class Reducer:
         prefix: str,
         sparse: frozenset[int] = frozenset(),
         survey: Survey | None = None,
+        meet: Meet | None = None,
     ) -> None:
         self.reduction = reduction
         self.passes = reduction.passes
@@ -108,6 +114,8 @@ class Reducer:
         self._hooked: set[int] = set()  # positions
         self._sparse: set[int] = set()  # positions whose gradient was sparse once
         self._survey = survey
+        self._meet = meet
+        self._neighbours: Neighbours | None = None
         self._unknown: set[int] = set()  # positions whose gradient may be sparse, and no rank has had one yet
         # The round:
         self._left: dict[int, int] = {}  # position -> backward passes to come; empty before the first
@@ -129,6 +137,9 @@ class Reducer:
                 self._unknown.add(len(self._parameters))
             self._parameters.append(parameter)
             self._names.append(name)
+        if self._meet is not None:
+            # What is narrower than four bytes travels as float32, or not this way.
+            self._neighbours = self._meet(packed_bytes((p.numel(), max(4, p.element_size())) for p in self._parameters))
         self._trainable()
 
     @property
@@ -217,7 +228,7 @@ class Reducer:
     def _open(self) -> None:
         positions = self._trainable()
         if positions != sorted(self._bucket_of):
-            self._buckets = self.reduction.buckets(positions)
+            self._buckets = [positions] if self._neighbours else self.reduction.buckets(positions)
             self._bucket_of = {p: i for i, bucket in enumerate(self._buckets) for p in bucket}
         self._left = dict.fromkeys(positions, self.passes)
         self._waiting = [len(bucket) for bucket in self._buckets]
@@ -295,6 +306,7 @@ class Reducer:
             process_set=self._process_set,
             name=f"{self._prefix}{self._names[bucket[0]]}",
             in_place=True,
+            neighbours=self._neighbours,
         )
         self._flights.append((bucket, finish))
 

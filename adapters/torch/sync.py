@@ -124,9 +124,8 @@ def DistributedOptimizer(
         check_adasum(process_set)
     elif groups is None:
         reduction = replace(reduction, groups=_groups_on_one_host(parameters))
-    distribute(
-        optimizer, Terms(reduction, plan, compression, process_set), names, named, _sparse_parameters(held), held
-    )
+    terms = Terms(reduction, plan, compression, process_set)
+    distribute(optimizer, terms, names, named, _sparse_parameters(held), held, near=groups is None)
     amp.watch_gradient_scalers()
     if model is not None and process_set.included():
         root = process_set.ranks[0]
