@@ -34,6 +34,8 @@ def add_up(
         finish(sums)
         return sums
 
+    if tf.executing_eagerly():
+        return [tf.convert_to_tensor(array) for array in run(*(np.asarray(t) for t in tensors))]
     with tf.device("CPU"):
         results = tf.numpy_function(run, list(tensors), [t.dtype for t in tensors])
     for result, tensor in zip(results, tensors, strict=True):
