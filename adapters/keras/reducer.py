@@ -174,7 +174,7 @@ class Reducer:
             self._resumed = any(map(any, flags))
         kinds = common_kinds(own, verbs.control(self.plan.process_set))
         self._kinds.update((id(v), kind) for v, kind in zip(variables, kinds, strict=True))
-        if self.plan.reduction.groups is None and not self.plan.groups:
+        if self.plan.reduction.groups is None and not self.plan.groups and not self.relaxed:
             # What is narrower than four bytes travels as float32, or not this way.
             sizes = [(math.prod(v.shape), 8 if str(v.dtype) == "float64" else 4) for v in variables]
             self._neighbours = verbs.neighbours(packed_bytes(sizes), self.plan.process_set)
