@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hvdscale.errors import PlanError
-from hvdscale.sync import DiLoCo, EveryStep, LocalSGD, SlowMo, drift_target, post_local
+from hvdscale.sync import DiLoCo, EveryStep, Gossip, LocalSGD, ParameterServer, SlowMo, drift_target, post_local
 
 __all__ = ["CHOICES", "add_plan_flags", "plan_of"]
 
@@ -42,6 +42,16 @@ _ROUNDS = {
     "merge": "merge",
     "state": "state",
     "groups": "groups",
+    "across": "across",
+}
+_GOSSIP = ("every", "warmup", "fragments", "overlap", "merge")
+_SERVER = {
+    "staleness": "staleness",
+    "servers": "servers",
+    "every": "every",
+    "warmup": "sync_warmup",
+    "outer_lr": "outer_lr",
+    "outer_momentum": "outer_momentum",
 }
 _EVERY = {"every": 32}
 
@@ -57,6 +67,10 @@ CHOICES: dict[str, Choice] = {
     "slowmo": Choice(
         SlowMo, "rounds with slow momentum", {**_ROUNDS, "lr": "outer_lr", "momentum": "outer_momentum"}, _EVERY
     ),
+    "gossip": Choice(
+        Gossip, "mix weights with a few peers", {"peers": "peers", **{name: _ROUNDS[name] for name in _GOSSIP}}, {}
+    ),
+    "async": Choice(ParameterServer, "push to a parameter server, each at its own pace", _SERVER, {"staleness": None}),
 }
 
 
@@ -68,8 +82,8 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--every",
         metavar="H",
-        help="steps between rounds (left out: 32); post-local:N,H is every step for N steps, then every H; "
-        "drift:T makes periods that end with ranks about T apart",
+        help="steps between rounds (left out: 32; of gossip and async 1); post-local:N,H is every step for N steps, "
+        "then every H; drift:T makes periods that end with ranks about T apart",
         **hide,
     )
     group.add_argument("--sync-warmup", type=int, metavar="N", help="average gradients in the first N steps", **hide)
@@ -78,9 +92,15 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--overlap", type=int, metavar="T", help="train on for T steps while a part travels", **hide)
     group.add_argument("--merge", help="adopt, mix or mix:a; what a rank does with the new shared weights", **hide)
     group.add_argument("--state", help="keep, average or reset; the moments after a round", **hide)
-    group.add_argument("--groups", help="who meets in a round", **hide)
-    group.add_argument("--outer-lr", type=float, metavar="LR", help="of diloco (0.7) and slowmo (1)", **hide)
-    group.add_argument("--outer-momentum", type=float, metavar="M", help="of diloco (0.9) and slowmo (0.5)", **hide)
+    group.add_argument("--groups", help="world, or node: hosts inside often, all hosts rarely", **hide)
+    group.add_argument("--across", type=int, metavar="N", help="with node: every N-th round is of all hosts", **hide)
+    group.add_argument("--peers", help="of gossip: ring, pairs or exponential", **hide)
+    group.add_argument("--staleness", type=int, metavar="S", help="of async: pushes a rank may be ahead", **hide)
+    group.add_argument("--servers", type=int, metavar="K", help="of async: ranks that share the weights out", **hide)
+    group.add_argument("--outer-lr", type=float, metavar="LR", help="of diloco (0.7), slowmo and async (1)", **hide)
+    group.add_argument(
+        "--outer-momentum", type=float, metavar="M", help="of diloco (0.9), slowmo (0.5), async (0)", **hide
+    )
 
 
 def plan_of(flags: argparse.Namespace) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from hvdscale.errors import PlanError
-from hvdscale.sync import DiLoCo, EveryStep, LocalSGD, SlowMo, drift_target, post_local
+from hvdscale.sync import DiLoCo, EveryStep, Gossip, LocalSGD, ParameterServer, SlowMo, drift_target, post_local
 from tests.core.test_text import EXAMPLES, flags
 
 sys.path.insert(0, str(EXAMPLES))
@@ -26,6 +26,11 @@ from lm.plans import CHOICES, plan_of
         ("--sync local-sgd --state average --groups world", LocalSGD(32, state="average")),
         ("--sync diloco --fragments 4 --overlap 8", DiLoCo(32, fragments=4, overlap=8)),
         ("--sync diloco --outer-lr 1 --outer-momentum 0.5", DiLoCo(32, outer_lr=1.0, outer_momentum=0.5)),
+        ("--sync local-sgd --groups node --across 4", LocalSGD(32, groups="node", across=4)),
+        ("--sync gossip", Gossip()),
+        ("--sync gossip --peers pairs --every 4", Gossip(4, peers="pairs")),
+        ("--sync async", ParameterServer(None)),
+        ("--sync async --staleness 3 --servers 1 --every 2", ParameterServer(3, servers=1, every=2)),
         ("--sync slowmo --every 4 --outer-lr 0.9 --outer-momentum 0.3", SlowMo(4, lr=0.9, momentum=0.3)),
     ],
 )
@@ -37,7 +42,7 @@ def test_a_plan_by_its_flags(given: str, plan: Any) -> None:
     ("given", "rule"),
     [
         ("--every 8", "--every goes with --sync .*local-sgd.*; --sync is every-step"),
-        ("--sync local-sgd --outer-lr 1", "--outer-lr goes with --sync diloco, slowmo"),
+        ("--sync local-sgd --outer-lr 1", "--outer-lr goes with --sync diloco, slowmo, async"),
         ("--sync local-sgd --every 0", "every must be a whole number of steps from 1; it is 0"),
         ("--sync local-sgd --every 2.5", "it is '2.5'"),
         ("--sync local-sgd --every often", "it is 'often'"),
@@ -45,6 +50,9 @@ def test_a_plan_by_its_flags(given: str, plan: Any) -> None:
         ("--sync local-sgd --every drift:-1", "target must be a number at least 0"),
         ("--sync local-sgd --wire int2", "wire is one of"),
         ("--sync local-sgd --groups rack", "groups"),
+        ("--sync gossip --wire int8", "--wire goes with --sync local-sgd, diloco, slowmo"),
+        ("--sync gossip --peers star", "peers is one of"),
+        ("--sync async --staleness -1", "staleness"),
         ("--sync diloco --overlap 32", "overlap < every"),
         ("--sync diloco --outer-momentum 1.5", "momentum"),
     ],
