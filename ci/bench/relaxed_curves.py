@@ -2,6 +2,8 @@
 
     python -m ci.bench.relaxed_curves                         shows the curves that are recorded
     python -m ci.bench.relaxed_curves --train "DiLoCo, 32"    trains one way anew (minutes), and records it
+    python -m ci.bench.relaxed_curves --missing               trains every way that has no curve yet
+    python -m ci.bench.relaxed_curves --small --missing       the same with a model of 0.4 M parameters (seconds each)
 
 A curve depends on no link, so it may be made on a busy machine. Every way reads the same batches, starts from the
 same weights and has the same learning rate at each step: AdamW, warm-up over 20 steps, cosine over 360.
@@ -24,13 +26,14 @@ from rich.table import Table
 
 from ci.bench.harness import REPOSITORY, Process, Variant, launch
 from ci.bench.local import MPIRUN, thread_env
-from ci.bench.relaxed_plans import DDP, PLANS, POST_LOCAL
+from ci.bench.relaxed_plans import BEST, FULL_WIRE, PLANS, POST_LOCAL, WIRES
 
 __all__ = ["RECORD", "SYNCHRONOUS", "Curve", "read_curves"]
 
 RANKS, STEPS, LONGER_STEPS = 4, 300, 360
-TOKENS_PER_STEP = RANKS * 8 * 128
+MORE_TOKENS, ABOVE = 0.20, 0.007  # the best plan's, at most
 SYNCHRONOUS = "every step"
+SAME = ("local SGD, 1",)  # as another way, to rounding: there for its seconds
 RECORD = Path(__file__).with_name("relaxed_curves.json")
 
 
@@ -62,9 +65,10 @@ def read_curves(path: Path = RECORD) -> dict[str, Curve]:
     return {way: Curve(tuple(map(int, points)), tuple(points.values())) for way, points in recorded.items()}
 
 
-def train(way: str, steps: int, deadline_seconds: float) -> dict[str, float]:
+def train(way: str, steps: int, small: bool, deadline_seconds: float) -> dict[str, float]:
     """Loss by step, of this way trained anew."""
     worker = (sys.executable, "-m", "ci.bench.workers.relaxed_curve", "--way", way, "--steps", str(steps))
+    worker += ("--small",) if small else ()
     env = {**thread_env(1), "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'examples'}"}
     variant = Variant(way, "ours", RANKS, (Process((*MPIRUN, "--oversubscribe", "-np", str(RANKS), *worker), env),))
     with tempfile.TemporaryDirectory(prefix="hvdscale-bench-") as folder:
@@ -72,9 +76,26 @@ def train(way: str, steps: int, deadline_seconds: float) -> dict[str, float]:
     return points
 
 
-def table(curves: Mapping[str, Curve]) -> Table:
+def judged(curves: Mapping[str, Curve]) -> list[tuple[str, float, float, bool]]:
+    """(what, reached, at most, met) of every target whose curves are there."""
+    goal = curves[SYNCHRONOUS].at(STEPS)
+    rows = []
+    if BEST in curves:
+        needed = curves[BEST].reaches(goal)
+        more = float("inf") if needed is None else needed / STEPS - 1
+        above = curves[BEST].at(STEPS) / goal - 1
+        rows.append((f"{BEST}: more tokens to the same loss", more, MORE_TOKENS, more <= MORE_TOKENS))
+        rows.append((f"{BEST}: loss above synchronous at equal tokens", above, ABOVE, above <= ABOVE))
+    for wire, (way, most) in WIRES.items():
+        if way in curves and FULL_WIRE in curves:
+            above = curves[way].at(STEPS) / curves[FULL_WIRE].at(STEPS) - 1
+            rows.append((f"{wire}: loss above fp32 at equal tokens", above, most, above <= most))
+    return rows
+
+
+def table(curves: Mapping[str, Curve], tokens_per_step: int) -> Table:
     """Every curve against synchronous training."""
-    shown = Table(title=f"Held-out loss of 4 ranks, {TOKENS_PER_STEP:,} tokens a step")
+    shown = Table(title=f"Held-out loss of {RANKS} ranks, {tokens_per_step:,} tokens a step")
     for name in ("way", f"loss after {STEPS} steps", "above synchronous", "steps to its loss", "more tokens"):
         shown.add_column(name, justify="left" if name == "way" else "right")
     goal = curves[SYNCHRONOUS].at(STEPS)
@@ -85,7 +106,7 @@ def table(curves: Mapping[str, Curve]) -> Table:
     return shown
 
 
-def draw(curves: Mapping[str, Curve], path: Path) -> None:
+def draw(curves: Mapping[str, Curve], tokens_per_step: int, path: Path) -> None:
     """The curves as one picture, from where they are close."""
     import matplotlib
 
@@ -94,7 +115,7 @@ def draw(curves: Mapping[str, Curve], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     for way, curve in curves.items():
-        tokens = np.array(curve.steps) * TOKENS_PER_STEP / 1e6
+        tokens = np.array(curve.steps) * tokens_per_step / 1e6
         axes.plot(tokens, curve.losses, ".-", label=way, linewidth=1, color="black" if way == SYNCHRONOUS else None)
     goal = curves[SYNCHRONOUS].at(STEPS)
     axes.axhline(goal, color="gray", linestyle=":", linewidth=1)
@@ -106,25 +127,35 @@ def draw(curves: Mapping[str, Curve], path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = [*PLANS, DDP, POST_LOCAL]
+    known = [*PLANS, POST_LOCAL]
     parser.add_argument("--train", action="append", default=[], metavar="WAY", choices=known, help=", ".join(known))
     parser.add_argument("--steps", type=int, help=f"steps to train (synchronous {STEPS}, others {LONGER_STEPS})")
-    parser.add_argument("--record", type=Path, default=RECORD, help="the JSON to read, and to write to")
+    parser.add_argument("--missing", action="store_true", help="train every way that is not recorded")
+    parser.add_argument("--small", action="store_true", help="a model of 0.4 M parameters, with a record of its own")
+    parser.add_argument("--record", type=Path, help=f"the JSON to read, and to write to ({RECORD.name})")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw all recorded curves there")
     parser.add_argument("--deadline", type=float, default=7200, help="seconds a curve may take (%(default)s)")
     options = parser.parse_args()
-    for way in options.train:
-        steps = options.steps or (STEPS if way in (SYNCHRONOUS, DDP) else LONGER_STEPS)
-        points = train(way, steps, options.deadline)
-        recorded = json.loads(options.record.read_text()) if options.record.exists() else {}
-        options.record.write_text(json.dumps({**recorded, way: points}, indent=1) + "\n")
-    curves = read_curves(options.record)
+    record = options.record or (RECORD.with_stem(f"{RECORD.stem}_small") if options.small else RECORD)
+    recorded = read_curves(record)
+    missing = [way for way in known if way not in recorded and way not in SAME] if options.missing else []
+    for way in dict.fromkeys([*options.train, *missing]):
+        steps = options.steps or (STEPS if way == SYNCHRONOUS else LONGER_STEPS)
+        points = train(way, steps, options.small, options.deadline)
+        before = json.loads(record.read_text()) if record.exists() else {}
+        record.write_text(json.dumps({**before, way: points}, indent=1) + "\n")
+    curves = read_curves(record)
     if SYNCHRONOUS not in curves:
         print(f'Nothing to compare with: train the way "{SYNCHRONOUS}" first.', file=sys.stderr)
         return 1
-    Console(width=None if sys.stdout.isatty() else 120).print(table(curves))
+    tokens_per_step = RANKS * 8 * (64 if options.small else 128)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table(curves, tokens_per_step))
+    for what, reached, most, met in judged(curves):
+        verdict = "met" if met else "[bold red]missed[/]"
+        console.print(f"{what}: {reached:+.2%}, target at most {most:.1%}: {verdict}", highlight=False)
     if options.plot:
-        draw(curves, options.plot)
+        draw(curves, tokens_per_step, options.plot)
     return 0
 
 

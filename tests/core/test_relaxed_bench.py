@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ci.bench import relaxed_curves
 from ci.bench.relaxed_curves import Curve, read_curves
 from ci.bench.relaxed_links import Measured, judged, sooner, steps_of
 from ci.bench.relaxed_plans import BEST, DDP, INDEPENDENT, PLANS, sent_bytes
@@ -74,6 +75,19 @@ def test_targets_are_judged_at_their_rates() -> None:
         "100 Mbit/s: every=1 over every step": True,
         "100 Mbit/s: DiLoCo, 32, bytes on the wire over the formula": False,
     }
+
+
+def test_curves_are_judged_against_synchronous_training_and_the_full_wire() -> None:
+    curves = {
+        "every step": Curve((300,), (2.0,)),
+        BEST: Curve((300, 360), (2.01, 1.99)),
+        "local SGD, 4": Curve((300,), (2.1,)),
+        "local SGD, 4, int8": Curve((300,), (2.11,)),
+        "local SGD, 4, int4": Curve((300,), (2.11,)),
+    }
+    rows = relaxed_curves.judged(curves)
+    assert [met for *_, met in rows] == [True, True, False, True]
+    assert [reached for _, reached, _, _ in rows] == pytest.approx([0.1, 0.005, 1 / 210, 1 / 210])
 
 
 @pytest.mark.parametrize(("way", "steps"), [(DDP, 4), ("every step", 4), ("local SGD, 1", 4), ("DiLoCo, 32", 32)])

@@ -17,6 +17,7 @@ from ci.bench.workers.relaxed_ways import Trainer, first_model, join
 # The learning rate is the same function of the step in every way, whatever the length of the run.
 LR, WARMUP_STEPS, HORIZON_STEPS = 1e-3, 20, 360
 HELD_OUT_WINDOWS = 64  # of each rank
+SMALL = {"width": 128, "layers": 2, "context": 64}
 
 
 def learning_rate(step: int) -> float:
@@ -48,13 +49,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--way", required=True)
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--small", action="store_true", help="a model of 0.4 million parameters, half the context")
     options = parser.parse_args()
-    model = first_model()
+    model = first_model(**(SMALL if options.small else {}))
     inner = torch.optim.AdamW(model.parameters(), LR, weight_decay=0.01)
     trainer = join(options.way, model, inner)
     rate = torch.optim.lr_scheduler.LambdaLR(inner, learning_rate)
     # The examples' defaults: the source of Python's library in bytes, 8 windows of 128 per rank and step; of one order.
-    share = load_share(parse_flags("", ["--shard", "random"]), trainer.rank, trainer.ranks)
+    flags = parse_flags("", ["--shard", "random", *(["--context", str(SMALL["context"])] if options.small else [])])
+    share = load_share(flags, trainer.rank, trainer.ranks)
     curve: dict[int, float] = {}
     began = time.monotonic()
     for step in range(1, options.steps + 1):

@@ -48,10 +48,10 @@ class Trainer:
         return loss.item()
 
 
-def first_model() -> GPT:
-    """The same small weights on every rank."""
+def first_model(**sizes: int) -> GPT:
+    """The same small weights on every rank; ``sizes`` as ``GPT`` takes them."""
     torch.manual_seed(0)
-    model = GPT()
+    model = GPT(**sizes)
     for name, weight in model.named_parameters():
         if weight.ndim > 1:
             nn.init.normal_(weight, std=0.02)
