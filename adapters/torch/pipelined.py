@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from horovod.torch import ProcessSet
 from torch import Tensor, nn
 
 from hvdscale.errors import HvdscaleError, PlanError
+from hvdscale.model.actions import Action
 from hvdscale.model.batch import Claim, agree_on_batch, cut
 from hvdscale.model.executor import Executor
 from hvdscale.model.mesh import Mesh
 from hvdscale.model.partition import Objective
 from hvdscale.model.pipeline import Pipeline, plan_pipeline
+from hvdscale.model.simulate import Event, Simulation
 from hvdscale.runtime.agreement import Fingerprint, agree
 from hvdscale.runtime.post import Post, SoloPost
 from hvdscale.runtime.transport import SoloTransport, Transport, broadcast
@@ -91,6 +94,7 @@ class Pipelined(ShardedModel):
         self._seed, self._note = (seed, place.dp), note
         self._first, self._last = place.pp == 0, place.pp == (pipeline.stages - 1) % pipeline.ranks
         self._checked = False
+        self._events: list[Event] = []
         post, self._control = _connections(mesh)
         tied = [_as_parameter(local[key]) if layout.holds(key, here) else None for key in pipeline.ties]
         self._stages = TorchStages(program, pipeline, loss, self._count, tied)
@@ -127,6 +131,27 @@ class Pipelined(ShardedModel):
         with self._evaluating(), torch.no_grad():
             return self._step("evaluate", x, y, 1.0)
 
+    def measured(self) -> Simulation:
+        """The last training step as it ran: beside ``pipeline.simulation``, what was predicted. Collective.
+
+        ``hvdscale.model.drawing.as_picture(model.pipeline.simulation, "step.png", measured=model.measured())`` draws
+        both. Ranks of one host share a clock; those of several do not, and their rows are shifted.
+
+        Raises:
+            PlanError: before the first training step.
+        """
+        if not self._events:
+            raise PlanError("There is a measured step after the first train_step(); none was taken.")
+        mine = [(event.action.text(), event.start, event.end) for event in self._events]
+        told = [json.loads(data) for data in self._control.allgather(json.dumps(mine).encode())]
+        begin = min(start for row in told for _, start, _ in row)
+        events = tuple(
+            tuple(Event(Action.parse(text), start - begin, end - begin) for text, start, end in row) for row in told
+        )
+        microbatches = max(event.action.microbatch for row in events for event in row if event.action.kind == "F") + 1
+        predicted = self.pipeline.simulation
+        return replace(predicted, schedule=self.pipeline.training(microbatches), events=events)
+
     def count(self) -> tuple[int, int]:
         return self._whole, sum(p.numel() for p in self.parameters())
 
@@ -138,21 +163,22 @@ class Pipelined(ShardedModel):
 
     def _step(self, does: str, x: Any, y: Any, scale: float) -> Tensor:
         agreed = agree_on_batch(self._control, _claim(does, x, y, scale), targets=True)
+        trains = does == "train"
         pieces = cut(agreed.samples, self.pipeline.microbatches)
         xs = [select(x, piece) for piece in pieces] if self._first else []
         ys = [select(y, piece) for piece in pieces] if self._last else []
-        trains = does.startswith("train")
         seed = (*self._seed, self.steps)
         check = not self._checked
         self._stages.begin(Batch(xs, ys, _shares(ys, self._count), trains, seed, scale, check))
         plan = self.pipeline
         schedule = plan.training(len(pieces)) if trains else plan.evaluation(len(pieces))
+        signature = (does, agreed.x, agreed.y)
         if trains:
             self._unready = self._stages_of_parameters()
             with self._announcer:
-                self._executor.run(schedule, (does, agreed.x, agreed.y))
+                self._events = self._executor.run(schedule, signature, time.perf_counter)
         else:
-            self._executor.run(schedule, (does, agreed.x, agreed.y))
+            self._executor.run(schedule, signature)
         self._checked = True
         return self._loss_of_all()
 
@@ -224,6 +250,7 @@ def shard_stages(model: Any, mesh: Mesh, by: str, loss: Loss | None, staging: St
         "cut": f"{staging.balance}, recompute={staging.recompute}, memory_cap={staging.memory_cap}",
         "layers": ", ".join(unit.name for unit in program.units),
         "shared": ", ".join(ties.values()),
+        "sample": shape_text(staging.sample),
     }
     agree(Fingerprint.of(tensors, facts), control(), "the model to be sharded")
     sample = None
@@ -320,7 +347,6 @@ def _as_parameter(tensor: Tensor) -> nn.Parameter:
 
 
 def _claim(does: str, x: Any, y: Any, scale: float) -> Claim:
-    does = does if scale == 1.0 else f"{does} with loss_scale={scale:g}"
     samples = {name: rows(value) for name, value in (("x", x), ("y", y)) if value is not None}
     error = ""
     for name, count in samples.items():
@@ -332,7 +358,7 @@ def _claim(does: str, x: Any, y: Any, scale: float) -> Claim:
     if not error and len(set(samples.values())) > 1:
         error = f"x and y have as many samples; they have {samples['x']} and {samples['y']}."
     return Claim(
-        does,
+        does if scale == 1.0 else f"{does} with loss_scale={scale:g}",
         "" if x is None else shape_text(x),
         "" if y is None else shape_text(y),
         max(samples.values(), default=0),

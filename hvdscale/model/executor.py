@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -11,12 +11,14 @@ import numpy as np
 
 from hvdscale.model.actions import Action, Schedule
 from hvdscale.model.shapes import Form, Shapes, Signature
+from hvdscale.model.simulate import Event
 from hvdscale.model.verbs import Bundle, Bytes, Spec, Verbs
 from hvdscale.runtime.post import Post, Ticket
 
 __all__ = ["Executor"]
 
 T = TypeVar("T")
+Clock = Callable[[], float]
 
 # How many receives beyond the one that is waited for have their buffers ready.
 _WINDOW = 4
@@ -58,20 +60,31 @@ class Executor(Generic[T]):
         self._post, self._verbs, self._ties = post, verbs, ties
         self._known: dict[Signature, Shapes] = {}
 
-    def run(self, schedule: Schedule, signature: Signature) -> None:
-        """Do this rank's actions. All ranks of the pipeline call it with the same arguments.
+    def run(self, schedule: Schedule, signature: Signature, clock: Clock | None = None) -> list[Event]:
+        """Do this rank's actions. All ranks of the pipeline call it with the same schedule and signature.
 
         A rank that fails closes its post, so that those who wait for it are told.
+
+        Args:
+            signature: equal where all shapes and dtypes of the run are equal.
+            clock: seconds from any moment on.
+
+        Returns:
+            Each action with its times, if there is a clock.
 
         Raises:
             TransportError: another rank is gone, or has sent something else.
             PlanError: activations have other shapes than in an earlier run of the same signature.
         """
         run: _Run[T] = _Run(schedule, self._known.get(signature, Shapes()), schedule.actions[self._post.rank])
+        events: list[Event] = []
         try:
             for action in run.row:
                 self._post_ahead(run)
+                start = clock() if clock else 0.0
                 self._do(run, action)
+                if clock:
+                    events.append(Event(action, start, clock()))
                 while run.outgoing and run.outgoing[0][0].test():
                     run.outgoing.popleft()
             for ticket, _ in run.outgoing:
@@ -81,6 +94,7 @@ class Executor(Generic[T]):
             raise
         run.shapes.complete = True
         self._known[signature] = run.shapes
+        return events
 
     def _do(self, run: _Run[T], action: Action) -> None:
         kind, stage, m = action.kind, action.stage, action.microbatch

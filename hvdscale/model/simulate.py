@@ -87,8 +87,9 @@ class Simulation:
 
     @property
     def busy(self) -> tuple[float, ...]:
-        """What each rank computed."""
-        return tuple(sum(event.end - event.start for event in row) for row in self.events)
+        """What each rank computed; waiting for messages, in a measured step, is none of it."""
+        work = ("F", "B", "I", "W", "C", "T")
+        return tuple(sum(e.end - e.start for e in row if e.action.kind in work) for row in self.events)
 
     @property
     def bubble(self) -> float:

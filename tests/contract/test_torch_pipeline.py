@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -161,6 +162,18 @@ def test_stages_hold_their_share_and_say_so(rank: int, size: int) -> None:
     assert f"micro-batches on {size} ranks: bubble" in text
     everyone = hvd.allgather(torch.tensor([held])).tolist()
     assert sum(everyone) == sum(p.numel() for p in plain().parameters())
+
+
+def test_a_measured_step_has_every_action_in_order(size: int) -> None:
+    sharded = shard("plain", size, microbatches=4)
+    with pytest.raises(hvd.PlanError, match="none was taken"):
+        sharded.measured()
+    sharded.train_step(*vectors(6))
+    measured = sharded.measured()
+    done = tuple(tuple(event.action for event in row) for row in measured.events)
+    assert done == sharded.pipeline.training(4).actions
+    assert 0 < sum(measured.busy) <= measured.makespan * size
+    assert all(a.end <= b.start for row in measured.events for a, b in pairwise(row))
 
 
 def test_the_memory_of_other_stages_is_given_up(rank: int, size: int) -> None:
