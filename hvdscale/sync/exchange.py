@@ -97,26 +97,30 @@ class Mean:
                 values += theirs
 
     def _scatter(self, values: Float32s, shares: Float64s, keep: bool) -> None:
-        size = self._channel.size
-        padded = np.zeros((size, self._share), np.float32)
-        padded.reshape(-1)[: values.size] = values
-        codes = np.stack([self._codec.encode(row) for row in padded])  # [size, bytes of a share]
-        received = self._channel.alltoall(codes)
-        part = np.empty(self._share, np.float32)
-        if keep:
-            for row, code in zip(padded, codes, strict=True):
+        codes = np.empty((self._channel.size, self._codec.size(self._share)), np.uint8)
+        part, total = np.empty(self._share, np.float32), np.zeros(self._share, np.float32)
+        for rank, code in enumerate(codes):
+            mine = self._for(rank, values)
+            total[: mine.size], total[mine.size :] = mine, 0
+            code[:] = self._codec.encode(total)
+            if keep:
                 self._codec.decode(code, part)
-                row -= part
-            self.residual[:] = padded.reshape(-1)[: values.size]
-        total = self.residual_of_sum.copy()
+                np.subtract(mine, part[: mine.size], out=self._for(rank, self.residual))
+        received = self._channel.alltoall(codes)
+        total[:] = self.residual_of_sum
         for share, code in zip(shares, received, strict=True):
             if share:
                 self._codec.decode(code, part)
                 part *= np.float32(share)
                 total += part
-        code = self._codec.encode(total)
-        self._codec.decode(code, part)
+        sums = self._codec.encode(total)
+        self._codec.decode(sums, part)
         np.subtract(total, part, out=self.residual_of_sum)
-        for row, sums in zip(padded, self._channel.allgather(code), strict=True):
-            self._codec.decode(sums, row)
-        values[:] = padded.reshape(-1)[: values.size]
+        for rank, code in enumerate(self._channel.allgather(sums)):
+            self._codec.decode(code, part)
+            theirs = self._for(rank, values)
+            theirs[:] = part[: theirs.size]
+
+    def _for(self, rank: int, values: Float32s) -> Float32s:
+        """The share of ``values`` that ``rank`` adds up; the last ranks' may be shorter, or empty."""
+        return values[rank * self._share : (rank + 1) * self._share]

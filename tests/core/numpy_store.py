@@ -24,7 +24,11 @@ class NumPyTensors:
         ]
 
     def read(self, positions: Sequence[int], out: Array) -> None:
-        out[:] = np.concatenate([np.zeros(0, np.float32), *(self._arrays[p].ravel() for p in positions)])
+        start = 0
+        for p in positions:
+            array = self._arrays[p]
+            out[start : start + array.size] = array.reshape(-1)
+            start += array.size
 
     def write(self, positions: Sequence[int], values: Array) -> None:
         start = 0
