@@ -71,9 +71,12 @@ class Anchored(Part):
     def arrive(self, departure: Departure, meeting: Meeting, lr: float) -> Found:
         mean, ratio = departure.values, lr / self.lr if self.lr > 0 else 1.0
         mean_square = anchor_square = 0.0
+        factor = self.exchange.factor(meeting)
         for position, place in self.tensors():
             for piece in pieces(place):
                 change, anchor = mean[piece], self.anchor[piece]
+                if factor != 1:
+                    change *= factor
                 mean_square += float(np.dot(change, change))
                 self._outer.step(anchor, change, {name: slot[piece] for name, slot in self.slots.items()}, ratio)
                 anchor_square += float(np.dot(anchor, anchor))
@@ -85,9 +88,10 @@ class Anchored(Part):
         distance = max(0.0, meeting.mean_square - mean_square)
         return Found(distance, (distance / anchor_square) ** 0.5 if anchor_square else 0.0)
 
-    def take(self, mean: Float32s) -> None:
-        """Hold the weights that lie ``mean`` before the anchor, which stays; overwrites ``mean``."""
+    def take(self, mean: Float32s, factor: np.float32) -> None:
+        """Hold the weights that lie ``factor * mean`` before the anchor, which stays; overwrites ``mean``."""
         for position, place in self.tensors():
+            mean[place] *= factor
             np.subtract(self.anchor[place], mean[place], out=mean[place])
             self._write(position, place, mean)
 

@@ -30,6 +30,10 @@ class Exchange(Protocol):
         """The same of any float32 vector, in float32; a rank without a vote may bring NaN."""
         ...
 
+    def factor(self, meeting: Meeting) -> np.float32:
+        """What ``values`` must still be multiplied by after the call, by whoever goes over them next."""
+        ...
+
 
 class Mean:
     """The mean over ``channel``. Keeps what the wire lost, to send it the next time.
@@ -51,10 +55,20 @@ class Mean:
         return {"residual": self.residual, "residual_of_sum": self.residual_of_sum}
 
     def __call__(self, values: Float32s, meeting: Meeting) -> None:
-        self.add(values, meeting.shares)
+        if self._equal(meeting.shares):
+            self._channel.allreduce(values)
+        else:
+            self.add(values, meeting.shares)
 
     def beside(self, values: Float32s, meeting: Meeting) -> None:
         self.add_exactly(values, meeting.shares)
+
+    def factor(self, meeting: Meeting) -> np.float32:
+        return np.float32(meeting.shares[0] if self._equal(meeting.shares) else 1)
+
+    def _equal(self, shares: Float64s) -> bool:
+        """A plain sum does, and dividing it costs no pass of its own."""
+        return not self._coded and bool(shares[0] and (shares == shares[0]).all())
 
     def add_exactly(self, values: Float32s, shares: Float64s) -> None:
         """Replace ``values`` by their mean over ranks weighted with ``shares``, in float32."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from hvdscale.runtime.channel import Channel
 from hvdscale.sync.exchange import Mean
 from hvdscale.sync.fragments import Fragment
@@ -58,6 +60,9 @@ class Hierarchical:
         if self._mean is not None:
             self._mean.add_exactly(values, self._roads.nodes.sums(meeting.shares))
         self._tell(values)
+
+    def factor(self, meeting: Meeting) -> np.float32:
+        return np.float32(1)
 
     def _tell(self, values: Float32s) -> None:
         if self._mean is None:

@@ -27,8 +27,9 @@ class NodeRounds:
         meeting = Meeting(self._channel.table(header.row()), self._channel.ranks)
         # Alone, weights would only be rounded. A part without an anchor has no nodes.
         if meeting.shares.any() and self._channel.size > 1 and isinstance(part, Anchored):
-            self._plan.by_row(part.fragment, self._mean)(departure.values, meeting)
-            part.take(departure.values)
+            exchange = self._plan.by_row(part.fragment, self._mean)
+            exchange(departure.values, meeting)
+            part.take(departure.values, exchange.factor(meeting))
             for aside in asides:
                 self._mean.beside(aside.values, meeting)
                 aside.arrive()

@@ -85,6 +85,9 @@ class Neighbours:
             values[:] = 0
         self._mix(values, meeting)
 
+    def factor(self, meeting: Meeting) -> np.float32:
+        return np.float32(1)
+
     def mean_of_all(self, values: Float32s, mass: float) -> None:
         """Replace ``values`` by their mean over all ranks, in which this one has ``mass``. Collective."""
         masses = self._channel.table(np.array([mass]))[:, 0]

@@ -37,5 +37,8 @@ class Touched:
             np.divide(table, shares, out=table, where=shares > 0)
             start += len(table)
 
+    def factor(self, meeting: Meeting) -> np.float32:
+        return self._exchange.factor(meeting)
+
     def beside(self, values: Float32s, meeting: Meeting) -> None:
         self._exchange.beside(values, meeting)

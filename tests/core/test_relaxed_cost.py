@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ci.bench.mirror import Mirror
 from hvdscale.sync import DiLoCo, Gossip, LocalSGD, Relaxed, Rounds, SlowMo
-from tests.core.mirror import Mirror
 from tests.core.numpy_store import NumPyStore, NumPyTensors
 
 ROWS, WIDTH, TENSORS = 512, 256, 8

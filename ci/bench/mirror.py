@@ -26,7 +26,7 @@ class Mirror:
         return np.tile(row, (self.size, 1))
 
     def allreduce(self, values: Float32s) -> None:
-        values *= np.float32(self.size)
+        """The sum is the network's work: ``values`` stay."""
 
     def alltoall(self, rows: Bytes) -> Bytes:
         return rows.copy()
