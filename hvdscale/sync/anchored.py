@@ -53,8 +53,8 @@ class Anchored(Part):
     def depart(self, out: Float32s, travels: bool) -> Departure:
         weights = np.empty_like(out) if travels or self._mixing < 1 else None
         square = 0.0
-        for position, place in self.tensors():
-            self._read(position, place, out)
+        for positions, place in self.runs:
+            self._read(positions, place, out)
             for piece in pieces(place):
                 values = out[piece]
                 if weights is not None:
@@ -72,7 +72,7 @@ class Anchored(Part):
         mean, ratio = departure.values, lr / self.lr if self.lr > 0 else 1.0
         mean_square = anchor_square = 0.0
         factor = self.exchange.factor(meeting)
-        for position, place in self.tensors():
+        for positions, place in self.runs:
             for piece in pieces(place):
                 change, anchor = mean[piece], self.anchor[piece]
                 if factor != 1:
@@ -81,30 +81,30 @@ class Anchored(Part):
                 self._outer.step(anchor, change, {name: slot[piece] for name, slot in self.slots.items()}, ratio)
                 anchor_square += float(np.dot(anchor, anchor))
             if departure.weights is None:
-                self._write(position, place, self.anchor)
+                self._write(positions, place, self.anchor)
             else:
-                self._merge(position, place, departure.weights, mean)
+                self._merge(positions, place, departure.weights, mean)
         self.lr = lr
         distance = max(0.0, meeting.mean_square - mean_square)
         return Found(distance, (distance / anchor_square) ** 0.5 if anchor_square else 0.0)
 
     def take(self, mean: Float32s, factor: np.float32) -> None:
         """Hold the weights that lie ``factor * mean`` before the anchor, which stays; overwrites ``mean``."""
-        for position, place in self.tensors():
+        for positions, place in self.runs:
             mean[place] *= factor
             np.subtract(self.anchor[place], mean[place], out=mean[place])
-            self._write(position, place, mean)
+            self._write(positions, place, mean)
 
     def finish(self) -> None:
-        for position, place in self.tensors():  # merging had rounded
-            self._write(position, place, self.anchor)
+        for positions, place in self.runs:  # merging had rounded
+            self._write(positions, place, self.anchor)
 
     def shared(self) -> Float32s:
         return self.anchor
 
-    def _merge(self, position: int, place: slice, departed: Float32s, now: Float32s) -> None:
+    def _merge(self, positions: tuple[int, ...], place: slice, departed: Float32s, now: Float32s) -> None:
         """``weights + mixing * (anchor - departed)``: what was learnt while the fragment travelled stays."""
-        self._read(position, place, now)
+        self._read(positions, place, now)
         for piece in pieces(place):
             now[piece] += self._mixing * (self.anchor[piece] - departed[piece])
-        self._write(position, place, now)
+        self._write(positions, place, now)

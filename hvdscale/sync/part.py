@@ -21,6 +21,11 @@ from hvdscale.update.outer import Float32s, blocks
 __all__ = ["Departure", "Found", "Part"]
 
 
+Run = tuple[tuple[int, ...], slice]
+
+_RUN = 1 << 16  # values read or written at once, at least: calls of a framework cost, too
+
+
 @dataclass(frozen=True, eq=False)
 class Departure:
     """What a rank brings to a round: ``values``, float32[n], zero where they are not ``finite``; ``weights``, those it
@@ -44,6 +49,7 @@ class Found:
 class Part(ABC):
     """One fragment on this rank. All arithmetic is in float32.
 
+    ``runs`` are small tensors together and large ones alone, ``(positions in the registry, place in the fragment)``.
     Where parameters are kept in fewer bits, ``rounding`` is what writing them lost, so that a rank that learnt
     nothing says so.
     """
@@ -56,6 +62,7 @@ class Part(ABC):
         self._weights = weights
         narrow = any(weights.specs[p].dtype != "float32" for p in fragment.positions)
         self.rounding = np.zeros(fragment.size, np.float32) if narrow else None
+        self.runs = tuple(self._runs())
         self.samples = 0.0  # since the last round, of whichever ranks
         self.since = 0.0  # samples since the last round of all ranks
 
@@ -105,19 +112,28 @@ class Part(ABC):
 
     def read(self, out: Float32s) -> None:
         """This rank's weights, with what rounding lost."""
-        for position, place in self.tensors():
-            self._read(position, place, out)
+        for positions, place in self.runs:
+            self._read(positions, place, out)
 
-    def _read(self, position: int, place: slice, out: Float32s) -> None:
-        self._weights.read((position,), out[place])
+    def _runs(self) -> Iterator[Run]:
+        positions: list[int] = []
+        start = 0
+        for position, place in self.tensors():
+            positions.append(position)
+            if place.stop - start >= _RUN or place.stop == self.fragment.size:
+                yield tuple(positions), slice(start, place.stop)
+                positions, start = [], place.stop
+
+    def _read(self, positions: tuple[int, ...], place: slice, out: Float32s) -> None:
+        self._weights.read(positions, out[place])
         if self.rounding is not None:
             out[place] -= self.rounding[place]
 
-    def _write(self, position: int, place: slice, values: Float32s) -> None:
+    def _write(self, positions: tuple[int, ...], place: slice, values: Float32s) -> None:
         """Write ``values[place]``."""
-        self._weights.write((position,), values[place])
+        self._weights.write(positions, values[place])
         if self.rounding is not None:
-            self._weights.read((position,), self.rounding[place])
+            self._weights.read(positions, self.rounding[place])
             self.rounding[place] -= values[place]
 
 

@@ -53,15 +53,15 @@ class Peer(Part):
         mixed, norm = departure.values, 0.0
         now = None if departure.weights is None else np.empty_like(mixed)
         mass = self.exchange.mass(meeting)
-        for position, place in self.tensors():
+        for positions, place in self.runs:
             for piece in pieces(place):
                 norm += float(np.dot(mixed[piece], mixed[piece]))
             if departure.weights is not None and now is not None:  # what was learnt while it travelled stays
-                self._read(position, place, now)
+                self._read(positions, place, now)
                 now[place] -= departure.weights[place]
                 mixed[place] += now[place]
             if mass or departure.finite:
-                self._write(position, place, mixed)
+                self._write(positions, place, mixed)
         self.mass, self.apart, self.spread = mass, not meeting.finishing, self.exchange.spread
         # What the ranks found at the round before, so that all say the same.
         relative = meeting.mean_square
