@@ -37,16 +37,17 @@ def everyones(driver: ContractDriver, model: Any) -> np.ndarray:
     return driver.everyones(flat(driver.weights(model)))
 
 
-PLANS = {
-    "every step": ParameterServer(0),
-    "one server, every third step": ParameterServer(0, servers=1, every=3),
-    "delayed Nesterov": ParameterServer(0, every=3, outer_lr=NESTEROV[1], outer_momentum=NESTEROV[2]),
-}
+CASES = [
+    (ParameterServer(0), "sgd"),
+    (ParameterServer(0), "momentum"),
+    (ParameterServer(0), "adam"),
+    (ParameterServer(0, servers=1, every=3), "adam"),
+    (ParameterServer(0, every=3, outer_lr=NESTEROV[1], outer_momentum=NESTEROV[2]), "momentum"),
+]
 
 
-@pytest.mark.parametrize("kind", INNER)
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_training_without_staleness_is_synchronous(
+@pytest.mark.parametrize(("plan", "kind"), CASES, ids=lambda value: str(value)[:60])
+def test_without_staleness_it_follows_the_oracle(
     driver: ContractDriver, rank: int, size: int, plan: ParameterServer, kind: str
 ) -> None:
     model, optimizer = fresh(driver, plan, kind)
@@ -59,7 +60,7 @@ def test_training_without_staleness_is_synchronous(
 
 
 @pytest.mark.parametrize("kind", ["sgd", "momentum"])
-def test_without_staleness_training_equals_the_all_reduce(driver: ContractDriver, rank: int, kind: str) -> None:
+def test_without_staleness_it_equals_the_all_reduce(driver: ContractDriver, rank: int, kind: str) -> None:
     ends = []
     for arguments in ({}, {"sync": ParameterServer(0)}):
         model = driver.model(initial_weights())
@@ -76,7 +77,7 @@ def test_under_a_straggler_the_bound_holds(driver: ContractDriver, rank: int, si
     driver.train(model, optimizer, batches(1, rank))  # whatever is compiled is compiled now
     optimizer.sync.flush()
     begins, ends = [], []
-    for batch in batches(8, rank):
+    for batch in batches(6, rank):
         begins.append(time.monotonic())
         time.sleep(0.15 * (rank == size - 1))
         driver.train(model, optimizer, [batch])
@@ -86,12 +87,12 @@ def test_under_a_straggler_the_bound_holds(driver: ContractDriver, rank: int, si
     for mine, theirs in ((a, b) for a in times for b in times):
         made = np.searchsorted(theirs[1], mine[0])  # pushed before I began my step 0, 1, ...
         if staleness is not None:
-            assert (np.arange(8) - made <= staleness + 1).all()  # a push is on its way back when its sender may go on
+            assert (np.arange(6) - made <= staleness + 1).all()  # a push is on its way back when its sender may go on
     metrics = optimizer.sync.metrics()
     leads = driver.everyones(np.array([metrics["lead_max"]]))
     if size > 1:
-        assert leads.max() == staleness if staleness is not None else leads.max() > 4
-    assert sum(n for name, n in metrics.items() if name[6:].isdigit()) == metrics["rounds"] == 9
+        assert leads.max() == staleness if staleness is not None else leads.max() > 3
+    assert sum(n for name, n in metrics.items() if name[6:].isdigit()) == metrics["rounds"] == 7
     weights = everyones(driver, model)
     assert (weights == weights[0]).all()
 
