@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ __all__ = [
     "end_alone",
     "end_job_on_error",
     "forget",
+    "in_a_collective",
     "is_echo",
     "on_error",
     "survivable",
@@ -120,6 +122,17 @@ def forget(leaver: Leaver) -> None:
     """Do not ask it any more."""
     if leaver in _leavers:
         _leavers.remove(leaver)
+
+
+def in_a_collective() -> bool:
+    """Whether the main thread is inside a call of Horovod's own."""
+    main = threading.main_thread().ident
+    frame = None if main is None else sys._current_frames().get(main)
+    while frame is not None:
+        if str(frame.f_globals.get("__name__", "")).startswith("horovod."):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def survivable() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import queue
 import threading
 import time
@@ -13,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hvdscale.errors import TransportError
-from hvdscale.runtime import health
-from hvdscale.runtime.post import Post, Ticket
+from hvdscale.runtime.parting import Parting
+from hvdscale.runtime.post import MPIPost, Post, Ticket
 from hvdscale.runtime.presence import News, Presence
 
 __all__ = ["Answers", "Server", "Service"]
@@ -54,6 +53,7 @@ class Service:
 
     def __init__(self, post: Post, keep_going: bool, needed: Sequence[int], patience_seconds: float) -> None:
         self.cpu_seconds = 0.0  # of the thread
+        self.rank = post.ranks[post.rank]
         self.idle = True  # nothing is left to do: this rank may leave
         self._post = post
         self._keep_going, self._needed = keep_going, set(needed)
@@ -68,10 +68,8 @@ class Service:
         self._broken: BaseException | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="hvdscale-service", daemon=True)
+        self._parting = Parting(self, keep_going, patience_seconds, isinstance(post, MPIPost))
         self._thread.start()
-        atexit.register(self._at_exit)
-        if keep_going and health.survivable():
-            health.on_error(self)
 
     @property
     def sent_bytes(self) -> int:
@@ -131,8 +129,14 @@ class Service:
 
     @property
     def missing(self) -> tuple[int, ...]:
-        """Positions of the ranks that are gone, or ask nothing any more, and were not done."""
-        return tuple(sorted({*self._presence.gone, *self._presence.stopped} - self._presence.done))
+        """The ranks that are gone, or ask nothing any more, and were not done."""
+        lost = {*self._presence.gone, *self._presence.stopped} - self._presence.done
+        return tuple(self._post.ranks[position] for position in sorted(lost))
+
+    @property
+    def serves(self) -> bool:
+        """Whether others ask this rank."""
+        return self._server is not None
 
     def close(self) -> None:
         """Send what is still to be sent, and leave. Peers are told whether this rank was done."""
@@ -140,8 +144,7 @@ class Service:
             return
         self._closing.set()
         self._own.put(None)
-        atexit.unregister(self._at_exit)
-        health.forget(self)
+        self._parting.forget()
         if threading.current_thread() is not self._thread:
             self._thread.join(self._patience_seconds)
         if self.idle and not self._thread.is_alive():
@@ -155,29 +158,6 @@ class Service:
         while len(self._presence.gone) < self._post.size - 1 and self._broken is None:
             time.sleep(_GOODBYE_SECONDS)
 
-    def _at_exit(self) -> None:
-        """The script has ended: the service runs before Horovod's own end, which waits for ranks that may be gone."""
-        alone = self._keep_going and health.survivable() and (self.missing or not self.idle)
-        if not self.idle and self._keep_going and self._server is not None:
-            self.linger()
-        self.close()
-        if alone:
-            health.end_alone(0)
-
-    def dispensable(self) -> bool:
-        """Whether the others can go on without what this rank asks."""
-        try:
-            self.check()
-        except TransportError:
-            return False
-        return True
-
-    def leave(self) -> None:
-        """This rank's script has failed: answer as long as anyone asks, and end."""
-        if self._server is not None:
-            self.linger()
-        self.close()
-
     # The thread -----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -186,6 +166,7 @@ class Service:
                 if not self._look():
                     self._listen_to_self()
                 self.cpu_seconds = time.thread_time()
+                self._parting.watch()
             until = time.monotonic() + self._patience_seconds
             while self._outgoing and time.monotonic() < until:
                 self._forward()

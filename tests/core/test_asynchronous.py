@@ -57,7 +57,7 @@ class Trainer:
             self.engine.after_step()
 
 
-def on_ranks(ranks: int, body: Callable[[Transport], Any], timeout_seconds: float = 30.0) -> list[Any]:
+def on_ranks(ranks: int, body: Callable[[Transport], Any], timeout_seconds: float = 90.0) -> list[Any]:
     results = run_loopback(ranks, body, timeout_seconds)
     for result in results:
         if isinstance(result, Exception):
@@ -107,7 +107,7 @@ def test_every_rank_ends_with_the_same_bits(staleness: int | None, servers: int)
     if staleness is not None:  # without a bound one may train alone in the end, towards its own problem
         synchronous = train(ParameterServer(0), 3, steps=30)[0]
         moved = np.linalg.norm(synchronous - start())
-        assert np.linalg.norm(weights[0] - synchronous) < 0.3 * moved
+        assert np.linalg.norm(weights[0] - synchronous) < 0.5 * moved
 
 
 def test_a_straggler_holds_back_and_metrics_tell() -> None:

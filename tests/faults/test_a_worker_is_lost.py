@@ -115,6 +115,14 @@ def test_a_rank_whose_script_fails_goes_on_serving(capsys: pytest.CaptureFixture
     assert len(re.findall(r"rank [12] finished with 1 lost", finished.output)) == 2, finished.output
 
 
+def test_nobody_waits_for_ever_in_a_collective_without_a_lost_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    finished = run(TORCH + "hvd.allreduce(torch.ones(1))\nprint('met all')", {2: KILLED}, "continue", capsys)
+    assert finished.returncode not in (None, 0), finished.output
+    assert "finished with 1 lost" in finished.output
+    assert "it waited in a collective of Horovod's, which needs all ranks, and rank 2 is gone" in finished.output
+    assert "met all" not in finished.output
+
+
 def test_weights_lost_with_their_rank_end_the_job(capsys: pytest.CaptureFixture[str]) -> None:
     finished = run(TORCH, {0: KILLED}, "continue", capsys)
     assert finished.returncode not in (None, 0), finished.output
