@@ -130,6 +130,8 @@ class Reducer:
         Raises:
             PlanError: this rank is set aside to serve, and not ``serves``.
         """
+        if self._training is not None and self._set_aside and not serves:
+            self._training.begin()  # says why not
         if self._compared and (all(id(v) in self._kinds for v in variables) or not self.exchanges):
             return
         if not verbs.initialised(variables):
