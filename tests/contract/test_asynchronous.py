@@ -74,12 +74,16 @@ def test_without_staleness_it_equals_the_all_reduce(driver: ContractDriver, rank
 def test_under_a_straggler_the_bound_holds(driver: ContractDriver, rank: int, size: int, staleness: int | None) -> None:
     """The last rank is slow. When a rank begins a step, all others have made at least as many but ``staleness``."""
     model, optimizer = fresh(driver, ParameterServer(staleness))
-    driver.train(model, optimizer, batches(1, rank))  # whatever is compiled is compiled now
+    took = []
+    for batch in batches(2, rank):  # whatever is compiled is compiled in the first
+        took.append(-time.monotonic())
+        driver.train(model, optimizer, [batch])
+        took[-1] += time.monotonic()
     optimizer.sync.flush()
     begins, ends = [], []
     for batch in batches(6, rank):
         begins.append(time.monotonic())
-        time.sleep(0.15 * (rank == size - 1))
+        time.sleep(max(0.1, 4 * took[1]) * (rank == size - 1))
         driver.train(model, optimizer, [batch])
         ends.append(time.monotonic())
     optimizer.sync.flush()
@@ -91,8 +95,8 @@ def test_under_a_straggler_the_bound_holds(driver: ContractDriver, rank: int, si
     metrics = optimizer.sync.metrics()
     leads = driver.everyones(np.array([metrics["lead_max"]]))
     if size > 1:
-        assert leads.max() == staleness if staleness is not None else leads.max() > 3
-    assert sum(n for name, n in metrics.items() if name[6:].isdigit()) == metrics["rounds"] == 7
+        assert 1 <= leads.max() <= staleness if staleness is not None else leads.max() > 2
+    assert sum(n for name, n in metrics.items() if name[6:].isdigit()) == metrics["rounds"] == 8
     weights = everyones(driver, model)
     assert (weights == weights[0]).all()
 
