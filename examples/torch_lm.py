@@ -3,6 +3,7 @@
     python examples/torch_lm.py
     mpirun -np 2 python examples/torch_lm.py
     mpirun -np 2 python examples/torch_lm.py --sync diloco --every 16 --wire int8
+    mpirun -np 2 python examples/torch_lm.py --sync async --staleness 4
 
 Lines that end in ``# hvd`` are all that distributed training needs.
 """
