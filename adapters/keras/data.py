@@ -105,11 +105,20 @@ class ShardedPyDataset(keras.utils.PyDataset):
 
     @property
     def num_batches(self) -> int:
-        """Batches of this epoch that are not trained on yet."""
-        return len(self.feed)
+        """Batches of this epoch that are not trained on yet: what ``fit`` asks for.
+
+        Raises:
+            PlanError: there are none, and ``fit`` cannot do with none.
+        """
+        if not len(self):
+            raise PlanError(
+                f"Keras needs a batch in each epoch, and this shard has none in epoch {self.epoch}: there are fewer "
+                "samples than shards, or it had read them all before resume. batches.feed.finish() goes on to the next."
+            )
+        return len(self)
 
     def __len__(self) -> int:
-        return self.num_batches
+        return len(self.feed)
 
     def __getitem__(self, index: int) -> Any:
         """The next batch of this epoch; ``index`` is not looked at."""

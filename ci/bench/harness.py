@@ -81,7 +81,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Target:
-    """The other's time over ours must be ``at_least`` this, in every one of ``metrics`` (``None``: in all)."""
+    """The other's figure over ours must be ``at_least`` this, in every one of ``metrics`` (``None``: in all)."""
 
     against: str
     at_least: float
@@ -90,10 +90,17 @@ class Target:
 
 @dataclass(frozen=True)
 class Results:
-    """Samples in seconds, ``samples[variant][metric]`` with one value per round, and what may be asked of them."""
+    """``samples[variant][metric]`` with one value per round, and what may be asked of them.
+
+    They are seconds, but for the metrics in ``bytes_metrics``.
+    """
 
     variants: tuple[Variant, ...]
     samples: Mapping[str, Mapping[str, Sequence[float]]]
+    bytes_metrics: frozenset[str] = frozenset()
+
+    def unit(self, metric: str) -> str:
+        return "bytes" if metric in self.bytes_metrics else "seconds"
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -103,7 +110,7 @@ class Results:
         return statistics.median(self.samples[variant][metric])
 
     def ratio(self, metric: str, of: str, to: str) -> float:
-        """Median time of ``of`` over median time of ``to``: above 1, ``to`` is the faster."""
+        """Median of ``of`` over median of ``to``: above 1, ``to`` is the faster, or takes the less memory."""
         return self.median(of, metric) / self.median(to, metric)
 
     def ratio_to(self, role: str, metric: str, variant: str) -> float | None:
@@ -284,7 +291,7 @@ def finish(
 def as_json(
     title: str, results: Results, judged: Sequence[Mapping[str, object]], notes: Sequence[str]
 ) -> dict[str, object]:
-    """Everything the table shows and the samples behind it. Times are in seconds."""
+    """Everything the table shows and the samples behind it."""
     rows = []
     for variant in results.variants:
         for metric, samples in results.samples[variant.name].items():
@@ -293,8 +300,8 @@ def as_json(
                     "variant": variant.name,
                     "role": variant.role,
                     "metric": metric,
-                    "samples_seconds": list(samples),
-                    "median_seconds": results.median(variant.name, metric),
+                    f"samples_{results.unit(metric)}": list(samples),
+                    f"median_{results.unit(metric)}": results.median(variant.name, metric),
                     "over_limit": results.ratio_to("limit", metric, variant.name),
                     "over_ours": results.ratio_to("ours", metric, variant.name),
                 }
@@ -313,17 +320,22 @@ def _table(title: str, results: Results) -> Table:
             samples = results.samples[variant.name][metric]
             over_limit = results.ratio_to("limit", metric, variant.name)
             over_ours = results.ratio_to("ours", metric, variant.name)
+            shown = _megabytes if metric in results.bytes_metrics else _shown
             table.add_row(
                 metric if i == 0 else "",
                 f"[bold]{variant.name}[/]" if variant.role == "ours" else variant.name,
-                _shown(results.median(variant.name, metric)),
-                f"{_shown(min(samples))} .. {_shown(max(samples))}",
+                shown(results.median(variant.name, metric)),
+                f"{shown(min(samples))} .. {shown(max(samples))}",
                 f"{1 / over_limit:.2f}" if over_limit else "",
                 f"{over_limit:.2f}" if over_limit else "",
                 f"{over_ours:.2f}" if over_ours else "",
             )
         table.add_section()
     return table
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:,.1f} MB"
 
 
 def _shown(seconds: float) -> str:

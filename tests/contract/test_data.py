@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvdscale.data import ShardPlan
+from hvdscale.data import ShardPlan, add_sums
 from hvdscale.errors import PlanError, StateError
-from tests.contract.data import all_numbers, everyones
+from tests.contract.data import all_numbers, batches_of, everyones, one_pass
 from tests.contract.driver import ContractDriver
 
 N = 120
@@ -26,18 +26,7 @@ def test_names(hvd: Any, name: str) -> None:
 
 def read_epoch(loader: Any) -> list[int]:
     """Reads on to the end of the epoch as a loop or a fit of the framework would; the sample numbers."""
-    if hasattr(loader, "on_epoch_end"):  # Keras: as fit does, without a model
-        found = []
-        loader.counter.set_params({"steps": len(loader)})
-        loader.counter.on_train_begin()
-        loader.counter.on_epoch_begin(0)
-        for step in range(len(loader)):
-            found += np.asarray(loader[step]).tolist()
-            loader.counter.on_train_batch_end(step)
-        loader.counter.on_train_end()
-        loader.on_epoch_end()
-        return found
-    return [int(number) for batch in loader for number in batch]
+    return [number for _, numbers in one_pass(loader) for number in numbers]
 
 
 @pytest.mark.parametrize("tail", ["exact", "drop"])
@@ -92,6 +81,34 @@ def test_a_lost_or_repeated_sample_is_found_on_every_rank(
         hvd.verify_epoch(loader)
 
 
+@pytest.mark.parametrize("policy", ["ordered", "random", "hash"])
+def test_exactly_once_over_epochs_and_stops_with_other_numbers_of_shards(
+    driver: ContractDriver, hvd: Any, rank: int, size: int, policy: str
+) -> None:
+    """Each run is of so many shards and so large batches; some shards get whole epochs ahead of others."""
+    plan, mine, end = hvd.ShardPlan(N, size, policy, seed=1), list[tuple[int, int]](), 0
+    runs = [(size, 8), (size + 1, 4), (max(1, size - 1), 8), (size + 2, 8)]
+    for i, (shards, batch_size) in enumerate(runs):
+        loaders = {s: hvd.shard_dataset(np.arange(N), plan, batch_size, shard=s) for s in range(rank, shards, size)}
+        if i < len(runs) - 1:
+            for shard, loader in loaders.items():
+                for epoch, numbers in batches_of(loader, 3 + 9 * (shard % 3)):
+                    mine += [(epoch, number) for number in numbers]
+            states = everyones(driver, [loader.state_dict() for loader in loaders.values()])
+            plan = hvd.ShardPlan.resume(list(itertools.chain(*states)), runs[i + 1][0])
+            continue
+        end = 1 + max(everyones(driver, max(epoch for epoch, _ in mine)))
+        for loader in loaders.values():
+            while loader.epoch < end:
+                mine += [(epoch, number) for epoch, numbers in one_pass(loader) for number in numbers]
+    read = sorted(tuple(each) for theirs in everyones(driver, mine) for each in theirs)
+    assert read == [(epoch, number) for epoch in range(end) for number in range(N)]
+    assert end > 2, "epochs were crossed"
+    for epoch in range(plan.first_epoch, end):
+        sums = everyones(driver, [str(loader.feed.reader.certificate(epoch)) for loader in loaders.values()])
+        assert add_sums(map(int, itertools.chain(*sums))) == plan.certificate()
+
+
 def test_an_epoch_that_is_not_over_is_not_verified(hvd: Any, size: int) -> None:
     loader = hvd.shard_dataset(np.arange(N), hvd.ShardPlan(N, size), 4)
     with pytest.raises(PlanError, match="epoch must be an integer from 0; it is -1"):
@@ -111,6 +128,9 @@ def test_an_epoch_that_is_not_over_is_not_verified(hvd: Any, size: int) -> None:
         (lambda h, k: h.shard_dataset(np.arange(N), h.ShardPlan(N, k), 0), "batch_size must be an integer from 1"),
         (lambda h, k: h.shard_dataset(np.arange(N), h.ShardPlan(N, k), 2.5), "batch_size must be an integer from 1"),
         (lambda h, k: h.shard_dataset(iter([1]), h.ShardPlan(1, k), 8), "it is a list_iterator. For a stream"),
+        (lambda h, k: h.shard_dataset({"x": [1]}, h.ShardPlan(1, k), 8), "holds arrays alone; 'x' is a list"),
+        (lambda h, k: h.shard_dataset(np.arange(N), k, 8), "plan is a ShardPlan or BalancedPlan"),
+        (lambda h, k: h.shard_dataset(np.arange(N), h.ShardPlan(N, k), 8, workers=-1), "workers must be an integer"),
         (lambda h, k: h.shard_dataset((np.arange(3), np.arange(4)), h.ShardPlan(3, k), 8), r"have \[3, 4\] rows"),
     ],
 )

@@ -110,6 +110,53 @@ def test_without_the_counter_each_pass_reads_one_epoch_and_a_warning_says_so(ran
     assert batches.state_dict()["step"] == 0
 
 
+@pytest.mark.filterwarnings("error:Epoch")
+def test_validation_needs_no_counter_and_evaluation_reads_on_no_epoch(rank: int, size: int) -> None:
+    plan = hvd.ShardPlan(N, size, seed=1)
+    batches, others = hvd.shard_dataset(rows(), plan, 8), hvd.shard_dataset(rows(), plan, 8)
+    model = trained(batches, epochs=4, validation_data=others)
+    assert model.numbers == [number for epoch in range(4) for number in plan.indices(rank, epoch)]
+    assert (batches.epoch, others.epoch) == (4, 0)
+    model.evaluate(batches, verbose=0)
+    assert len(model.predict(batches, verbose=0)) == plan.size(rank, 4)
+    assert batches.state_dict()["step"] == 0
+
+
+def test_several_steps_a_call_are_counted_one_by_one(size: int) -> None:
+    batches = hvd.shard_dataset(rows(), hvd.ShardPlan(N, size, seed=1), 4)
+    model = keras.Sequential([keras.layers.Dense(1)])
+    several = {"tensorflow": 5, "torch": 1}[keras.backend.backend()]  # Keras refuses more on PyTorch
+    model.compile("sgd", "mse", steps_per_execution=several)
+    model.fit(batches, epochs=2, verbose=0, callbacks=[batches.counter])
+    assert (batches.epoch, batches.state_dict()["step"]) == (2, 0)
+    hvd.verify_epoch(batches, 0)
+    hvd.verify_epoch(batches, 1)
+
+
+def test_a_fit_that_broke_off_is_gone_on_with(rank: int, size: int) -> None:
+    class Fails(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            if batch == 2:
+                raise KeyboardInterrupt
+
+    plan, model = hvd.ShardPlan(N, size, seed=1), Trained()
+    batches = hvd.shard_dataset(rows(), plan, 4, workers=2)
+    model.compile("sgd", "mse", run_eagerly=True)
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(batches, verbose=0, callbacks=[batches.counter, Fails()])
+    assert batches.state_dict()["step"] == 3
+    model.fit(batches, verbose=0, callbacks=[batches.counter])
+    assert model.numbers == plan.indices(rank).tolist()
+
+
+def test_the_counter_of_another_data_set_is_refused(size: int) -> None:
+    one, other = (hvd.shard_dataset(rows(), hvd.ShardPlan(N, size), 4) for _ in range(2))
+    model = Trained()
+    model.compile("sgd", "mse", run_eagerly=True)
+    with pytest.raises(hvd.PlanError, match="The counter in callbacks is of another data set"):
+        model.fit(one, verbose=0, callbacks=[other.counter])
+
+
 def test_processes_fetch_too(rank: int, size: int) -> None:
     plan = hvd.ShardPlan(N, size, seed=1)
     batches = hvd.shard_dataset(rows(), plan, 16, workers=1, use_multiprocessing=True)

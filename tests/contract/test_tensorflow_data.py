@@ -149,6 +149,25 @@ def test_fit_is_counted(rank: int, size: int) -> None:
     assert dataset.state_dict() == reader.state_dict()
 
 
+def test_repeat_goes_on_through_the_epochs(rank: int, size: int) -> None:
+    plan = hvd.ShardPlan(N, size, seed=1)
+    dataset = hvd.shard_dataset(np.arange(N), plan, 8, workers=2)
+    assert numbers(dataset.repeat(2)) == [*plan.indices(rank, 0), *plan.indices(rank, 1)]
+    assert dataset.epoch == 2
+    hvd.verify_epoch(dataset)
+
+
+def test_fit_with_validation_and_several_steps_a_call(size: int) -> None:
+    rows = np.arange(N, dtype=np.float32).reshape(-1, 1)
+    plan = hvd.ShardPlan(N, size, seed=1)
+    dataset, others = (hvd.shard_dataset((rows, rows), plan, 8) for _ in range(2))
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.compile("sgd", "mse", steps_per_execution=4)
+    model.fit(dataset, epochs=2, verbose=0, validation_data=others)
+    assert (dataset.epoch, dataset.state_dict()["step"], others.epoch) == (2, 0, 2)
+    hvd.verify_epoch(dataset)
+
+
 def test_ranks_balance(driver: ContractDriver, size: int) -> None:
     plan = hvd.BalancedPlan(hvd.ShardPlan(N, size, seed=1), np.arange(N) % 50 + 1)
     dataset = hvd.shard_dataset(np.arange(N), plan, 16)

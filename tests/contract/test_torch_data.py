@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -211,6 +212,58 @@ def test_workers_stay_over_epochs(size: int) -> None:
     assert not hvd.shard_dataset(Squares(), hvd.ShardPlan(N, size), 16).persistent_workers
 
 
+def test_pinned_memory_and_workers_that_stay(rank: int, size: int) -> None:
+    """Also where a first iteration is left in its middle. Without a GPU PyTorch pins nothing, and says so."""
+    plan = hvd.ShardPlan(N, size, seed=2)
+    loader = hvd.shard_dataset(np.arange(N), plan, 8, workers=2, prefetch=3, pin_memory=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        read = numbers(itertools.islice(loader, 4)) + numbers(loader) + numbers(loader)
+    assert read == [*plan.indices(rank, 0), *plan.indices(rank, 1)]
+    assert loader.epoch == 2
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_an_iterator_that_was_overtaken_is_refused(size: int, workers: int) -> None:
+    plan = hvd.ShardPlan(N, size)
+    for loader in (
+        hvd.shard_dataset(np.arange(N), plan, 4, workers=workers),
+        hvd.shard_dataset(records, stream("ordered", size), 4, workers=workers),
+    ):
+        old, new = iter(loader), iter(loader)
+        next(old)
+        next(new)
+        with pytest.raises(hvd.PlanError, match="has been iterated again since"):
+            next(old)
+    one, other = (hvd.shard_dataset(np.arange(N), plan, 4, workers=workers) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), "two loaders do not meet"
+
+
+class FailsOnce(Squares):
+    """Breaks off at one sample until it is mended."""
+
+    broken_at: int | None = None
+
+    def __getitem__(self, sample: int) -> tuple[int, float]:
+        if sample == self.broken_at:
+            raise OSError(f"sample {sample} cannot be read")
+        return super().__getitem__(sample)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_data_that_cannot_be_read_is_read_again_once_it_can(rank: int, size: int, workers: int) -> None:
+    plan, data, read = hvd.ShardPlan(N, size, seed=2), FailsOnce(), list[int]()
+    data.broken_at = int(plan.indices(rank)[22])
+    loader = hvd.shard_dataset(data, plan, 4, workers=workers, persistent_workers=False)
+    batches = iter(loader)
+    read += numbers(batch[0] for batch in itertools.islice(batches, 5))
+    with pytest.raises(OSError, match="cannot be read"):
+        next(batches)
+    assert loader.state_dict()["step"] == 5
+    data.broken_at = None
+    assert read + numbers(batch[0] for batch in loader) == plan.indices(rank).tolist()
+
+
 def test_padding_is_marked(driver: ContractDriver, size: int) -> None:
     plan = hvd.ShardPlan(N, size, seed=1, tail="pad")
     loader = hvd.shard_dataset(np.arange(N), plan, 16)
@@ -262,6 +315,10 @@ class TestPlainLoaders:
         (lambda k: hvd.shard_dataset(np.arange(N), hvd.ShardPlan(N, k), 8, shuffle=True), "plan decides on shuffle"),
         (lambda k: hvd.shard_dataset(np.arange(N), hvd.ShardPlan(N, k), 8, num_workers=2), "decides on num_workers"),
         (lambda k: hvd.shard_dataset(np.arange(N), hvd.ShardPlan(N, k), 8, in_order=False), "leave in_order=False out"),
+        (
+            lambda k: hvd.shard_dataset(np.arange(N), hvd.ShardPlan(N, k), 8, prefetch=4),
+            "prefetch is 4. Give workers",
+        ),
         (lambda k: hvd.shard_dataset([1, 2], stream("ordered", k), 8), r"source is a function .* it is \[1, 2\]"),
         (lambda k: hvd.shard_dataset(records, stream("ordered", k + 2), 8), "shards and the job"),
         (lambda k: hvd.shard_dataset(records, stream("ordered", k), 8, epoch=1), "A stream has its epoch in itself"),

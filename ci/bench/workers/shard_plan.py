@@ -66,7 +66,7 @@ class Memory:
         self._before = self._peak_bytes()
 
     def added_bytes(self) -> int:
-        return self._peak_bytes() - self._before
+        return max(4096, self._peak_bytes() - self._before)  # a page: ratios are taken to it
 
     @staticmethod
     def _peak_bytes() -> int:
