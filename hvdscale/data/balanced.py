@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from hvdscale.data.balancing import LONGEST, balance
 from hvdscale.data.batch import Batch
-from hvdscale.data.certificate import REMEMBERED_EPOCHS, add_sums, sum_of
+from hvdscale.data.certificate import add_sums, sum_of
 from hvdscale.data.checks import instance, integer, states_of_all
+from hvdscale.data.delivery import Delivery
 from hvdscale.data.lengths import check_lengths
 from hvdscale.data.plan import ShardPlan
 from hvdscale.data.reader import Reader
@@ -125,40 +126,15 @@ class BalancedPlan:
         )
 
 
-class BalancedReader:
-    """One rank's parts of the global batches, without end. Made by ``BalancedPlan.reader``.
-
-    It has the methods of ``Reader``: ``for batch in reader`` delivers, ``ahead()`` does not.
-    """
+class BalancedReader(Delivery):
+    """One rank's parts of the global batches, without end. Made by ``BalancedPlan.reader``."""
 
     def __init__(self, plan: BalancedPlan, shard: int, batch_size: int, epoch: int | None) -> None:
         self.plan, self.shard = plan, shard
         self._readers = [plan.plan.reader(each, batch_size, epoch) for each in range(plan.shards)]
-        self._epoch, self._step = min(reader.epoch for reader in self._readers), 0
+        super().__init__(min(reader.epoch for reader in self._readers))
         self._delivered = 0
-        self._sums: dict[int, int] = {}
         self._drawn: deque[tuple[Batch, _Step]] = deque()
-        self._stream: Iterator[Batch] | None = None
-
-    @property
-    def epoch(self) -> int:
-        """The epoch of the next batch to deliver."""
-        return self._epoch
-
-    @property
-    def step(self) -> int:
-        """Batches of ``epoch`` delivered by this reader."""
-        return self._step
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        if self._stream is None:
-            self._stream = self.ahead()
-        batch = next(self._stream)
-        self._count(batch)
-        return batch
 
     def ahead(self, epochs: int | None = None) -> Iterator[Batch]:
         """Batches from the next one to deliver on, not counted as delivered; ``epochs=1``: of this epoch only."""
@@ -192,11 +168,7 @@ class BalancedReader:
         Raises:
             StateError: an epoch that is too long ago, or whose earlier part is not known.
         """
-        epoch = self._epoch - 1 if epoch is None else integer("epoch", epoch, 0)
-        if epoch not in self._sums and epoch < self._epoch - REMEMBERED_EPOCHS:
-            raise StateError(
-                f"Sums are kept for {REMEMBERED_EPOCHS} epochs; epoch {epoch} is before epoch {self._epoch}."
-            )
+        epoch = self._summed(epoch)
         own = self._readers[self.shard]
         dropped = sum_of(own.dropped(epoch)) if epoch < self._epoch else 0
         return add_sums([self._sums.get(epoch, 0), dropped, own.read_before(epoch)])
@@ -218,9 +190,9 @@ class BalancedReader:
         for shard, part in step.parts.items():
             self._readers[shard].deliver(part)
         self._sums[batch.epoch] = add_sums([self._sums.get(batch.epoch, 0), sum_of(batch.indices)])
-        self._sums.pop(batch.epoch - 1 - REMEMBERED_EPOCHS, None)
         self._delivered += 1
         self._epoch, self._step = (batch.epoch + 1, 0) if batch.last else (batch.epoch, batch.step + 1)
+        self._forget()
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hvdscale.data.batch import Batch, rebatch, steps_of
-from hvdscale.data.certificate import REMEMBERED_EPOCHS, add_sums, sum_of
+from hvdscale.data.certificate import add_sums, sum_of
 from hvdscale.data.checks import integer
+from hvdscale.data.delivery import Delivery
 from hvdscale.data.state import Position, check_own_state, make_state
 from hvdscale.data.types import BLOCK, Int64s
 from hvdscale.errors import PlanError, StateError
@@ -23,11 +24,8 @@ __all__ = ["Reader"]
 _SUM_EVERY = 64  # batches
 
 
-class Reader:
+class Reader(Delivery):
     """Batches of one shard, without end. Made by ``ShardPlan.reader``.
-
-    ``for batch in reader`` delivers: a batch counts as read when it is handed out. A loader that fetches ahead
-    takes batches from ``ahead()``, which counts nothing, and calls ``deliver(batch)`` when training gets one.
 
     Iteration ends only where no later epoch can bring a batch: the shard holds no sample (there are fewer samples
     than shards, or none).
@@ -35,11 +33,8 @@ class Reader:
 
     def __init__(self, plan: ShardPlan, shard: int, batch_size: int, epoch: int | None = None) -> None:
         self.plan, self.shard, self.batch_size = plan, shard, batch_size
-        self._epoch = plan.first_epoch if epoch is None else integer("epoch", epoch, plan.first_epoch)
-        self._step = 0
-        self._sums: dict[int, int] = {}
+        super().__init__(plan.first_epoch if epoch is None else integer("epoch", epoch, plan.first_epoch))
         self._unsummed: list[Int64s] = []
-        self._stream: Iterator[Batch] | None = None
         if plan.tail == "drop" and plan.n and not self.steps(self._regular_epoch):
             sizes = plan.sizes(self._regular_epoch)
             raise PlanError(
@@ -47,26 +42,6 @@ class Reader:
                 f'{plan.shards} holds {int(sizes.min())} samples. Use a smaller batch, fewer shards, or tail "pad".'
             )
         self._skip_finished()
-
-    @property
-    def epoch(self) -> int:
-        """The epoch of the next batch to deliver."""
-        return self._epoch
-
-    @property
-    def step(self) -> int:
-        """Batches of ``epoch`` delivered by this reader."""
-        return self._step
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        if self._stream is None:
-            self._stream = self.ahead()
-        batch = next(self._stream)
-        self._count(batch)
-        return batch
 
     def ahead(self, epochs: int | None = None) -> Iterator[Batch]:
         """Batches from the next one to deliver on, not counted as delivered; ``epochs=1``: of this epoch only."""
@@ -117,11 +92,7 @@ class Reader:
         Raises:
             StateError: an epoch that is too long ago, or whose earlier part is not known.
         """
-        epoch = self._epoch - 1 if epoch is None else integer("epoch", epoch, 0)
-        if epoch not in self._sums and epoch < self._epoch - REMEMBERED_EPOCHS:
-            raise StateError(
-                f"Sums are kept for {REMEMBERED_EPOCHS} epochs; epoch {epoch} is before epoch {self._epoch}."
-            )
+        epoch = self._summed(epoch)
         self._sum_up()
         return add_sums([self._sums.get(epoch, 0), self.read_before(epoch)])
 
@@ -196,7 +167,7 @@ class Reader:
         self._unsummed.append(self.dropped())
         self._sum_up()
         self._epoch, self._step = self._epoch + 1, 0
-        self._sums.pop(self._epoch - 1 - REMEMBERED_EPOCHS, None)
+        self._forget()
 
     def _skip_finished(self) -> None:
         """Leave interrupted epochs of which nothing is left for this shard."""

@@ -92,7 +92,7 @@ def test_exactly_once_over_epochs_and_stops_with_other_numbers_of_shards(
         loaders = {s: hvd.shard_dataset(np.arange(N), plan, batch_size, shard=s) for s in range(rank, shards, size)}
         if i < len(runs) - 1:
             for shard, loader in loaders.items():
-                for epoch, numbers in batches_of(loader, 3 + 9 * (shard % 3)):
+                for epoch, numbers in batches_of(loader, 6 + 15 * (shard % 3)):
                     mine += [(epoch, number) for number in numbers]
             states = everyones(driver, [loader.state_dict() for loader in loaders.values()])
             plan = hvd.ShardPlan.resume(list(itertools.chain(*states)), runs[i + 1][0])
@@ -103,7 +103,7 @@ def test_exactly_once_over_epochs_and_stops_with_other_numbers_of_shards(
                 mine += [(epoch, number) for epoch, numbers in one_pass(loader) for number in numbers]
     read = sorted(tuple(each) for theirs in everyones(driver, mine) for each in theirs)
     assert read == [(epoch, number) for epoch in range(end) for number in range(N)]
-    assert end > 2, "epochs were crossed"
+    assert end > 1, "epochs were crossed"
     for epoch in range(plan.first_epoch, end):
         sums = everyones(driver, [str(loader.feed.reader.certificate(epoch)) for loader in loaders.values()])
         assert add_sums(map(int, itertools.chain(*sums))) == plan.certificate()

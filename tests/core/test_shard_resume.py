@@ -33,10 +33,22 @@ class Run:
             for batch in itertools.islice(reader, count):
                 self.read[batch.epoch] += batch.indices[: batch.count].tolist()
 
-    def resume(self, shards: int, batch_size: int) -> None:
+    def resume(self, shards: int, batch_size: int, weights: list[float] | None = None) -> None:
+        self._note_dropped(max(reader.epoch for reader in self.readers))
         states = json.loads(json.dumps([reader.state_dict() for reader in self.readers]))
-        self.plan = ShardPlan.resume(states[::-1], shards, keys=self.keys)
+        self.plan = ShardPlan.resume(states[::-1], shards, keys=self.keys, weights=weights)
         self._start(batch_size)
+
+    def resize(self, shards: int, weights: list[float] | None) -> None:
+        """Before anything of this plan is read."""
+        self.plan, _ = self.plan.resize(shards, weights)
+        self._start(self.readers[0].batch_size)
+
+    def _note_dropped(self, before: int) -> None:
+        """What tail "drop" left out of the epochs that are over counts as read."""
+        for reader in self.readers:
+            for epoch in range(self.plan.first_epoch, min(before, reader.epoch)):
+                self.read[epoch] += reader.dropped(epoch).tolist()
 
     def finish(self) -> int:
         """Read all interrupted epochs and one more to their ends; how many epochs that makes."""
@@ -47,24 +59,33 @@ class Run:
                 if batch is None:
                     break
                 self.read[batch.epoch] += batch.indices[: batch.count].tolist()
+        self._note_dropped(epochs)
         return epochs
 
 
-@settings(max_examples=60, deadline=None)
-@given(data=st.data(), policy=st.sampled_from(POLICIES), tail=st.sampled_from(["exact", "pad"]))
+@settings(max_examples=80, deadline=None)
+@given(data=st.data(), policy=st.sampled_from(POLICIES), tail=st.sampled_from(["exact", "pad", "drop"]))
 def test_every_sample_of_every_epoch_is_read_once(data: st.DataObject, policy: str, tail: str) -> None:
-    n = data.draw(st.integers(0, 90), "n")
-    shards = st.integers(1, 6)
-    keys = [f"key {i % 40}" for i in range(n)] if policy == "hash" and data.draw(st.booleans(), "keys") else None
-    plan = ShardPlan(n, data.draw(shards, "shards"), policy, seed=3, tail=tail, keys=keys)
-    if data.draw(st.booleans(), "resized"):
-        plan, _ = plan.resize(data.draw(shards, "resized to"), None)
-    run = Run(plan, data.draw(st.integers(1, 9), "batch"), keys)
+    n = data.draw(st.integers(300, 330) if tail == "drop" else st.integers(0, 90), "n")
+    largest = 2 if tail == "drop" else 9  # "drop" refuses a batch that some shard cannot fill
+
+    def share() -> tuple[int, list[float] | None]:
+        shards = data.draw(st.integers(1, 6), "shards")
+        weights = st.lists(st.floats(0.5, 2), min_size=shards, max_size=shards)
+        return shards, data.draw(st.one_of(st.none(), weights), "weights")
+
+    keyed = policy == "hash" and tail != "drop" and data.draw(st.booleans(), "keys")
+    keys = [f"key {i % 40}" for i in range(n)] if keyed else None
+    shards, weights = share()
+    plan = ShardPlan(n, shards, policy, seed=3, tail=tail, keys=keys, weights=weights)
+    run = Run(plan, data.draw(st.integers(1, largest), "batch"), keys)
     for _ in range(data.draw(st.integers(1, 4), "stops")):
+        if data.draw(st.booleans(), "resized"):
+            run.resize(*share())
         counts = st.lists(st.integers(0, 12), min_size=run.plan.shards, max_size=run.plan.shards)
         run.go(data.draw(counts, "batches"))
-        new = data.draw(st.one_of(shards, st.just(run.plan.shards)), "shards")
-        run.resume(new, data.draw(st.integers(1, 9), "batch"))
+        shards, weights = (run.plan.shards, None) if data.draw(st.booleans(), "as many as before") else share()
+        run.resume(shards, data.draw(st.integers(1, largest), "batch"), weights)
     first = run.plan.first_epoch
     epochs = run.finish()
     for epoch in range(epochs):
