@@ -128,6 +128,9 @@ def _settings(job: Job, env: Mapping[str, str]) -> tuple[Setting, ...]:
     local = min(job.ranks, max((host.slots for host in job.hosts), default=job.ranks))
     name = "mpirun (Open MPI)" if job.controller == "mpi" else "horovodrun --gloo"
     chosen = choose_settings(Launch(name, job.controller, 0, job.ranks, 0, local), usable_cores())
+    if job.controller == "gloo":
+        why = "horovodrun itself imports TensorFlow, whose start-up notices would stand on the screen"
+        chosen = (*chosen, Setting("TF_CPP_MIN_LOG_LEVEL", "1", why))
     if job.leaves_this_host or _resource_manager(env):
         return tuple(setting for setting in chosen if "_THREADS" not in setting.name)
     return chosen

@@ -111,6 +111,12 @@ def test_hosts_that_are_all_here_need_no_export(env: dict[str, str]) -> None:
     assert "-x" not in compose(Job(2, SCRIPT, (Host("localhost", 2),)), env).argv
 
 
+@pytest.mark.parametrize(("users", "added"), [({}, "1"), ({"TF_CPP_MIN_LOG_LEVEL": "0"}, None)])
+def test_horovodrun_is_kept_from_showing_notices(env: dict[str, str], users: dict[str, str], added: str | None) -> None:
+    command = compose(Job(2, ("train.py",), (), "gloo"), {**env, **users})
+    assert command.variables.get("TF_CPP_MIN_LOG_LEVEL") == added
+
+
 def test_gloo_goes_through_horovodrun(env: dict[str, str]) -> None:
     argv = compose(Job(3, ("-m", "pkg.train"), (Host("a", 2), Host("b", 1)), "gloo"), env).argv
     assert Path(argv[0]).name == "horovodrun"
