@@ -11,6 +11,7 @@ import numpy as np
 from hvdscale.errors import PlanError
 from hvdscale.keras.backend import verbs
 from hvdscale.keras.first_weights import has_weights, when_built
+from hvdscale.keras.placed_state import common_state
 from hvdscale.keras.replicas import agree_on, broadcast_variables, model_state
 
 __all__ = ["BroadcastGlobalVariablesCallback", "MetricAverageCallback"]
@@ -73,7 +74,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
 
     def _share(self) -> None:
         optimizer = self.model.optimizer
-        state = [] if optimizer is None else list(optimizer.variables)
+        state = [] if optimizer is None else common_state(optimizer)
         chosen = [
             v for v in [*model_state(self.model), *state] if id(v) not in self._local and id(v.value) not in self._local
         ]

@@ -30,6 +30,8 @@ __all__ = [
     "eager",
     "exchanges",
     "gather_rows",
+    "gather_slices_of",
+    "hand_out",
     "hvd",
     "in_kind",
     "initialised",
@@ -43,6 +45,8 @@ __all__ = [
     "reduce_gradients",
     "run_between_steps",
     "scaled",
+    "send_slices",
+    "slice_of_sum",
     "sum_over_ranks",
     "tensor",
     "world",
@@ -110,6 +114,38 @@ def broadcast_bytes(data: np.ndarray, root_rank: int, process_set: Any, name: st
 def sum_over_ranks(value: Any, process_set: Any, name: str) -> Any:
     """The sum of a float tensor over ranks."""
     return hvd.allreduce(value, name=name, op=hvd.Sum, process_set=process_set, ignore_name_scope=True)
+
+
+def slice_of_sum(flat: Any, reduction: Reduction, process_set: Any, name: str) -> Any:
+    """[n] of each rank -> [n / ranks], this rank's slice of their sum, or mean."""
+    before, after = reduction.scales() if reduction.op == "average" else (1.0, 1.0)
+    share = hvd.reducescatter(
+        flat,
+        op=hvd.Average if reduction.op == "average" else hvd.Sum,
+        name=name,
+        process_set=process_set,
+        ignore_name_scope=True,
+        prescale_factor=before,
+        postscale_factor=after,
+    )
+    share.set_shape((flat.shape[0] // process_set.size(),))
+    return share
+
+
+def gather_slices_of(share: Any, process_set: Any, name: str) -> Any:
+    """[n] of each rank -> [ranks * n]."""
+    return hvd.allgather(share, name=name, process_set=process_set, ignore_name_scope=True)
+
+
+def send_slices(share: Any, rows: np.ndarray, process_set: Any, name: str) -> Any:
+    """``rows[r]`` elements to rank r; what came, one rank's after the other."""
+    splits = tf.constant(rows)
+    return hvd.alltoall(share, splits, name=name, process_set=process_set, ignore_name_scope=True)[0]
+
+
+def hand_out(value: Any, root_rank: int, process_set: Any, name: str) -> Any:
+    """``value`` of ``root_rank``."""
+    return hvd.broadcast(value, root_rank, name=name, process_set=process_set, ignore_name_scope=True)
 
 
 def gather_rows(row: Any, process_set: Any, name: str) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import hvdscale.torch as hvd
-from hvdscale.sync import Kind
+from hvdscale.sync import Kind, Reduction
 from hvdscale.torch.channel import open_channel, open_post
 from hvdscale.torch.gradients import HOROVOD_OPS, reduce_gradients
 from hvdscale.torch.metrics import open_writer, write_metrics
@@ -26,6 +26,8 @@ __all__ = [
     "eager",
     "exchanges",
     "gather_rows",
+    "gather_slices_of",
+    "hand_out",
     "hvd",
     "in_kind",
     "initialised",
@@ -39,6 +41,8 @@ __all__ = [
     "reduce_gradients",
     "run_between_steps",
     "scaled",
+    "send_slices",
+    "slice_of_sum",
     "sum_over_ranks",
     "tensor",
     "world",
@@ -122,6 +126,30 @@ def broadcast_bytes(data: np.ndarray, root_rank: int, process_set: Any, name: st
 def sum_over_ranks(value: Any, process_set: Any, name: str) -> Any:
     """The sum of a float tensor over ranks."""
     return hvd.allreduce(value.detach().contiguous(), op=hvd.Sum, process_set=process_set, name=name)
+
+
+def slice_of_sum(flat: Any, reduction: Reduction, process_set: Any, name: str) -> Any:
+    """[n] of each rank -> [n / ranks], this rank's slice of their sum, or mean."""
+    before, after = reduction.scales() if reduction.op == "average" else (1.0, 1.0)
+    op = HOROVOD_OPS[reduction.op]
+    return hvd.reducescatter(
+        flat.detach(), name, op=op, process_set=process_set, prescale_factor=before, postscale_factor=after
+    )
+
+
+def gather_slices_of(share: Any, process_set: Any, name: str) -> Any:
+    """[n] of each rank -> [ranks * n]."""
+    return hvd.allgather(share.detach(), name=name, process_set=process_set)
+
+
+def send_slices(share: Any, rows: np.ndarray, process_set: Any, name: str) -> Any:
+    """``rows[r]`` elements to rank r; what came, one rank's after the other."""
+    return hvd.alltoall(share.detach(), torch.from_numpy(rows), name=name, process_set=process_set)[0]
+
+
+def hand_out(value: Any, root_rank: int, process_set: Any, name: str) -> Any:
+    """``value`` of ``root_rank``."""
+    return hvd.broadcast(value.detach(), root_rank, name=name, process_set=process_set)
 
 
 class _GatherRows(torch.autograd.Function):

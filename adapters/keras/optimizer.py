@@ -14,6 +14,8 @@ from keras.src.saving import object_registration
 from hvdscale.errors import PlanError
 from hvdscale.keras.backend import verbs
 from hvdscale.keras.keras_hooks import install_hooks, reducer_of
+from hvdscale.keras.placed import PlacedUpdate
+from hvdscale.keras.placed_checks import check_placed
 from hvdscale.keras.plan import Distribution
 from hvdscale.keras.reducer import Reducer
 from hvdscale.sync.handle import Sync
@@ -74,7 +76,9 @@ def DistributedOptimizer(
         scale_local_gradients: divide gradients of local variables by the number of ranks.
         sync: when ranks agree, and on what: ``EveryStep()`` when left out, or ``LocalSGD(...)``, ``DiLoCo(...)``,
             ``SlowMo(...)``, ``Gossip(...)``, with which ranks train alone between rounds. ``optimizer.sync`` has
-            ``flush()``, ``outer_weights()``, ``metrics()`` and the state to save.
+            ``flush()``, ``outer_weights()``, ``metrics()`` and the state to save. With ``EveryStep(update="central")``
+            or ``"sharded"`` optimizer state is on one rank, or 1/N on each, and saving the model is collective; after
+            ``optimizer.sync.flush()`` on every rank the first one saves alone.
         model: its weights, and the optimizer's state, are copied from the first rank before the first step: now,
             or, if the first batch builds the model, when that has built it and before it is computed.
             Seed generators are not: dropout differs from rank to rank.
@@ -105,6 +109,8 @@ def DistributedOptimizer(
         name=f"{name or 'Distributed' + kind}.{_made}".replace("/", "."),
         sync=sync,
     )
+    if plan.update is not None:
+        check_placed(plan.update, optimizer)
     _made += 1
     install_hooks()
     reducer = Reducer(plan, kind, model)
@@ -188,7 +194,8 @@ class _Distributed:
         reducer = self._hvdscale
         plain: Any = super()
         passes = reducer.accumulator.passes
-        variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)  # type: ignore[attr-defined]
+        own = self._trainable_variables if reducer.placed is None else reducer.placed.variables  # type: ignore[attr-defined]
+        variables = own if trainable_variables is None else list(trainable_variables)
         grads = list(grads)
         acts = reducer.exchanges or reducer.relaxed
         if len(grads) != len(variables) or (passes == 1 and not acts):
@@ -203,7 +210,7 @@ class _Distributed:
                 self.build(variables)  # no variable can be made inside the branch that follows
                 self.built = True
             return reducer.accumulator.add(grads, variables, lambda sums: self._reduce_and_step(plain, sums, variables))
-        if self.defers:
+        if self.defers and reducer.placed is None:
             reducer.deferred = [v for g, v in zip(grads, variables, strict=True) if g is not None]
             try:
                 result = plain.apply(grads, variables)
@@ -214,9 +221,23 @@ class _Distributed:
         return self._reduce_and_step(plain, grads, variables)
 
     def _reduce_and_step(self, plain: Any, grads: Sequence[Any], variables: Sequence[Any]) -> Any:
+        if self._hvdscale.placed is not None:
+            return self._step_on_slices(plain, grads, variables)
         result = plain.apply(self._hvdscale.reduce(grads, variables), variables)
         self._hvdscale.after_step()
         return result
+
+    def _step_on_slices(self, plain: Any, grads: Sequence[Any], variables: Sequence[Any]) -> Any:
+        placed = self._hvdscale.placed
+        assert placed is not None
+        by_variable = {id(v): g for v, g in zip(variables, grads, strict=True)}
+        shares = placed.reduce([by_variable.get(id(v)) for v in placed.variables], self._hvdscale.suspended)
+        placed.refresh()
+        if any(share is not None for share in shares):
+            plain.apply(shares, placed.trained)
+        else:
+            self._iterations.assign_add(1)  # type: ignore[attr-defined]
+        placed.spread()
 
     @property
     def sync(self) -> Sync[Any]:
@@ -232,14 +253,75 @@ class _Distributed:
         deferred = self._hvdscale.deferred
         if deferred is not None:
             grads = self._hvdscale.reduce(grads, deferred)
-        clipped: list[Any] = super()._clip_gradients(grads)  # type: ignore[misc]
+        plain: Any = super()
+        placed = self._hvdscale.placed
+        by_norm = self.clipnorm or self.global_clipnorm  # type: ignore[attr-defined]
+        if placed is not None and by_norm:
+            return self._clip_slices(placed, grads)
+        clipped: list[Any] = plain._clip_gradients(grads)
         return clipped
+
+    def _clip_slices(self, placed: PlacedUpdate, grads: list[Any]) -> list[Any]:
+        """By the norms of whole gradients. Those of slices without a gradient were left out before."""
+        trained = placed.trained
+        if len(grads) == len(trained):
+            return placed.clip(self, grads)
+        raise PlanError(
+            f'update="{placed.update}" clips by norm where every variable has a gradient; {len(trained) - len(grads)} '
+            "have none. Freeze them (trainable=False), or clip by value."
+        )
+
+    def _use_weight_decay(self, variable: Any) -> bool:
+        placed = self._hvdscale.placed
+        owner = variable if placed is None else placed.owners.get(id(variable), variable)
+        return bool(super()._use_weight_decay(owner))  # type: ignore[misc]
+
+    def finalize_variable_values(self, var_list: Any) -> None:
+        """At the end of training, with ``use_ema``: the averages become the weights."""
+        plain: Any = super()
+        placed = self._hvdscale.placed
+        if placed is None or not self.use_ema:  # type: ignore[attr-defined]
+            plain.finalize_variable_values(var_list)
+            return
+        placed.refresh()
+        plain.finalize_variable_values(placed.trained)
+        placed.spread()
+
+    def save_own_variables(self, store: Any) -> None:
+        """The whole state, as a plain optimizer's. Collective where updates are placed."""
+        state = self._hvdscale.state
+        plain: Any = super()
+        (plain if state is None else state.whole()).save_own_variables(store)
+
+    def load_own_variables(self, store: Any) -> None:
+        state = self._hvdscale.state
+        plain: Any = super()
+        if state is None:
+            plain.load_own_variables(store)
+            return
+        whole = state.plain()
+        whole.load_own_variables(store)
+        state.adopt(whole)
+
+    def build_anew(self, variables: Sequence[Any]) -> None:
+        """Built on whole variables before it was known who updates what: go on with this rank's part of the state."""
+        fresh = type(self)._hvdscale_base.from_config(self.get_config())  # type: ignore[attr-defined]
+        fresh.build(list(variables))
+        for target, source in zip(fresh.variables, self.variables, strict=True):  # type: ignore[attr-defined]
+            target.assign(source)
+        for variable in self.variables:  # type: ignore[attr-defined]
+            if variable is not self._iterations and variable is not self._learning_rate:  # type: ignore[attr-defined]
+                self._untrack_variable(variable)  # type: ignore[attr-defined]
+        self.built = False
+        self._trainable_variables_indices: dict[Any, int] = {}
+        self.build(variables)
+        self._hvdscale.state.adopt(fresh)  # type: ignore[union-attr]
 
     def build(self, variables: Sequence[Any]) -> None:
         self._hvdscale.share_early()  # first: some optimizers start from the weights
         # Now, not in a graph being traced, where they would start from zeros.
         with verbs.eager() if verbs.initialised(variables) else nullcontext():
-            super().build(variables)  # type: ignore[misc]
+            super().build(list(self._hvdscale.trained(self, type(self)._hvdscale_base, variables)))  # type: ignore[misc, attr-defined]
 
     def register_local_var(self, var: Any) -> None:
         """Keep each rank's own gradients for this variable."""
@@ -259,6 +341,7 @@ def _distributed(base: type) -> type:
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "from_config": classmethod(from_config),
+        "_hvdscale_base": base,
     }
     made = type(base.__name__, (_Distributed, base), disguise)
     _share_registration(base, made)

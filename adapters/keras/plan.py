@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hvdscale.errors import PlanError
 from hvdscale.keras.backend import verbs
 from hvdscale.keras.replicas import path_of
 from hvdscale.sync import EveryStep, LocalPlan, Reduction, read_groups
+from hvdscale.update import Update
 
 __all__ = ["Distribution"]
 
@@ -73,12 +74,17 @@ class Distribution:
             groups=number,
             sparse_as_dense=sparse_as_dense,
         )
-        agreement.check(reduction)
+        agreement.check(reduction if not lists else replace(reduction, groups=()))
         if isinstance(agreement, LocalPlan) and compression is not verbs.hvd.Compression.none:
             raise PlanError(
                 'Rounds have a wire format of their own. Leave compression out, and say wire="fp16" in the plan.'
             )
         return cls(reduction, lists, compression, process_set, average_passes, scale_local, name, agreement)
+
+    @property
+    def update(self) -> Update | None:
+        """Who updates what, where ranks update different elements; else ``None``."""
+        return self.agreement.update if isinstance(self.agreement, EveryStep) and self.agreement.placed else None  # type: ignore[return-value]
 
     def facts(self) -> dict[str, object]:
         """What must be the same on every rank."""

@@ -13,6 +13,8 @@ from hvdscale.keras.accumulator import Accumulator
 from hvdscale.keras.backend import verbs
 from hvdscale.keras.first_weights import has_weights, when_built
 from hvdscale.keras.local import LocalTraining
+from hvdscale.keras.placed import PlacedUpdate
+from hvdscale.keras.placed_state import PlacedState, common_state
 from hvdscale.keras.plan import Distribution
 from hvdscale.keras.replicas import agree_on, broadcast_variables, model_state, path_of
 from hvdscale.runtime.neighbours import Neighbours, packed_bytes
@@ -34,6 +36,8 @@ class Reducer:
         self.deferred: list[Any] | None = None  # variables of gradients that Keras is still accumulating
         self._model = model
         self._given_model = model  # whose running statistics meet in rounds
+        self.placed: PlacedUpdate | None = None  # once the optimizer is built, where ranks update different elements
+        self.state: PlacedState | None = None
         self._training: LocalTraining | None = None
         self._resumed = False  # weights and optimizer state were loaded by each rank: nothing is copied
         self._shared = False
@@ -76,7 +80,25 @@ class Reducer:
             if isinstance(self.plan.agreement, ParameterServer) and not self._compared:
                 self.prepare(optimizer, [None] * len(variables), variables, serves=self._set_aside)
             return self.local_training(optimizer, variables).sync
-        return SteadySync(lambda: {path_of(v): verbs.tensor(v) for v in optimizer._trainable_variables})
+        variables = optimizer._trainable_variables if self.placed is None else self.placed.variables
+        state = self.state
+        if state is None:
+            return SteadySync(lambda: {path_of(v): verbs.tensor(v) for v in variables})
+        figures = lambda: {"state_bytes": float(state.bytes())}  # noqa: E731
+        return SteadySync(lambda: {path_of(v): verbs.tensor(v) for v in variables}, state.flush, figures)
+
+    def trained(self, optimizer: Any, base: Any, variables: Sequence[Any]) -> Sequence[Any]:
+        """What the optimizer is built on: ``variables``, or this rank's slices of them."""
+        if self.plan.update is None or not self.exchanges:
+            return variables
+        if self.local:
+            raise PlanError(
+                f'update="{self.plan.update}" gives variables to the ranks that update them, so none can be '
+                "local to each rank. Leave register_local_var() out."
+            )
+        self.placed = PlacedUpdate(self.plan, variables)
+        self.state = PlacedState(base, optimizer, self.placed)
+        return self.placed.trained
 
     @property
     def _set_aside(self) -> bool:
@@ -138,7 +160,7 @@ class Reducer:
             return
         with verbs.eager():
             if self.exchanges:
-                self._agree(gradients, variables)
+                self._agree(gradients, variables, bool(optimizer.built))
                 if not self._resumed:
                     self.share_model()  # again: weights may have been loaded on one rank since
             if not variables:
@@ -146,7 +168,9 @@ class Reducer:
             if not optimizer.built:
                 optimizer.build(list(variables))
             if self.exchanges and self._model is not None and not self._resumed:
-                broadcast_variables(optimizer.variables, self._root, self.plan.process_set)
+                broadcast_variables(common_state(optimizer), self._root, self.plan.process_set)
+            if self.plan.update is not None and self.exchanges and self.placed is None:
+                getattr(optimizer, "inner_optimizer", optimizer).build_anew(variables)
             self._model = None
             self._compared = True
             if self.relaxed:
@@ -159,7 +183,7 @@ class Reducer:
         ranks = self.plan.process_set.ranks
         return int(ranks[0]) if ranks else 0
 
-    def _agree(self, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
+    def _agree(self, gradients: Sequence[Any], variables: Sequence[Any], built: bool) -> None:
         overwritten = [path_of(v) for v in variables if getattr(v, "overwrite_with_gradient", False)]
         if overwritten:
             raise PlanError(
@@ -167,6 +191,8 @@ class Reducer:
                 "Quantise after training, or train in mixed_bfloat16."
             )
         facts = {"optimizer": self.kind, **self.plan.facts()}
+        if self.plan.update is not None:
+            facts["built on whole variables"] = built and self.placed is None
         agree_on("the optimizer's variables", variables, facts, self.plan.process_set)
         own = [self._kind(g) for g in gradients]
         if isinstance(self.plan.agreement, ParameterServer):

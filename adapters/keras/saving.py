@@ -25,6 +25,8 @@ def load_model(
     custom_objects: Mapping[str, Any] | None = None,
     compression: Any = Compression.none,
     legacy_opts: bool = False,
+    *,
+    sync: Any = None,
 ) -> Any:
     """Load a ``.keras`` or ``.h5`` model and distribute its optimizer, whose state is kept.
 
@@ -33,6 +35,7 @@ def load_model(
         custom_optimizers: optimizer classes of your own that the model may use.
         custom_objects: other classes and functions by name, as Keras takes them.
         compression: of the distributed optimizer.
+        sync: the plan of the distributed optimizer.
         legacy_opts: Horovod's switch for ``keras.optimizers.legacy``, which Keras 3 does not have.
 
     Returns:
@@ -49,7 +52,7 @@ def load_model(
     if getattr(model, "optimizer", None) is not None:
         if Path(str(filepath)).suffix in (".h5", ".hdf5"):
             _restore_optimizer(model, filepath)
-        DistributedOptimizer(model.optimizer, compression=compression)
+        DistributedOptimizer(model.optimizer, compression=compression, sync=sync)
     return model
 
 

@@ -16,7 +16,7 @@ from hvdscale.errors import PlanError
 from hvdscale.keras.replicas import path_of
 from hvdscale.sync.tensors import Role, Tensors, TensorSpec
 
-__all__ = ["KerasStore"]
+__all__ = ["KerasStore", "check_reset", "slots_of"]
 
 
 class VariableList:
@@ -116,7 +116,7 @@ class KerasStore:
 
     def _list_of_moments(self, variables: Sequence[Any]) -> list[list[int]]:
         """Which moments belong to each variable."""
-        slots = _slots(self._optimizer)
+        slots = [slot for name, slot in slots_of(self._optimizer).items() if name != "_accumulated_gradients"]
         places = {id(v): i for i, v in enumerate(self._optimizer._trainable_variables)}
         moments: list[Any] = []
         owned = []
@@ -146,16 +146,19 @@ def _statistics(layer: Any) -> list[tuple[Any, Role]]:
     return [(mean, "mean"), (variance, "variance")]
 
 
-def _slots(optimizer: Any) -> list[list[Any]]:
-    """The optimizer's lists of moments: as many as its variables, of their shapes, in their order."""
+def slots_of(optimizer: Any) -> dict[str, list[Any]]:
+    """The optimizer's lists by attribute: as many variables as it trains, of their shapes, in their order.
+
+    Its moments, and the sums of ``gradient_accumulation_steps``.
+    """
     trained = optimizer._trainable_variables
     shapes = [tuple(v.shape) for v in trained]
-    found = []
+    found = {}
     for name, value in sorted(vars(optimizer).items()):
-        if name in ("_trainable_variables", "_accumulated_gradients") or not isinstance(value, (list, tuple)):
+        if name == "_trainable_variables" or not isinstance(value, (list, tuple)) or not value:
             continue
         if all(isinstance(v, keras.Variable) for v in value) and [tuple(v.shape) for v in value] == shapes:
-            found.append(list(value))
+            found[name] = list(value)
     return found
 
 

@@ -8,6 +8,7 @@ import keras
 
 from hvdscale.errors import PlanError
 from hvdscale.keras.backend import verbs
+from hvdscale.keras.placed_state import common_state
 from hvdscale.keras.replicas import broadcast_variables, model_state
 
 __all__ = ["allgather", "allreduce", "broadcast", "broadcast_global_variables", "reducescatter"]
@@ -100,5 +101,5 @@ def broadcast_global_variables(root_rank: int, model: Any = None) -> None:
     if not model.built:
         raise PlanError(f"Model {model.name!r} has no variables yet. Build it, or call it on one batch, first.")
     optimizer = getattr(model, "optimizer", None)
-    state = list(optimizer.variables) if optimizer is not None else []
+    state = common_state(optimizer) if optimizer is not None else []
     broadcast_variables([*model_state(model), *state], root_rank)

@@ -62,9 +62,10 @@ class DistributedGradientTape(tf.GradientTape):
         *,
         sync: EveryStep | None = None,
     ) -> None:
-        if sync is not None and not isinstance(sync, EveryStep):
+        if sync is not None and (not isinstance(sync, EveryStep) or sync.placed):
             raise PlanError(
-                f"sync takes EveryStep() on a tape, which reduces every gradient it is asked for; got {sync!r}."
+                f"sync takes EveryStep() on a tape, which reduces every gradient it is asked for; got {sync!r}. Give "
+                "other plans to hvd.DistributedOptimizer, and the gradients of a plain tape to that."
             )
         if isinstance(gradtape, DistributedGradientTape):
             raise PlanError("This tape is distributed already: its gradients would be reduced twice. Wrap it once.")

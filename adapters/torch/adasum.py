@@ -17,6 +17,7 @@ from hvdscale.errors import PlanError
 from hvdscale.sync import Reduction
 from hvdscale.torch.gradients import launch
 from hvdscale.torch.runtime import world
+from hvdscale.torch.steps import StepsOnParameters
 
 __all__ = ["DeltaReducer", "check_adasum"]
 
@@ -36,7 +37,7 @@ def check_adasum(process_set: ProcessSet) -> None:
         raise PlanError("op=Adasum needs MPI; this job runs over Gloo. Start it with mpirun, or use op=Average.")
 
 
-class DeltaReducer:
+class DeltaReducer(StepsOnParameters):
     """Combines what a step did to the weights: ``w = before + adasum(after - before)``."""
 
     watches_gradients = False

@@ -57,7 +57,8 @@ def broadcast_optimizer_state(
     """Give every rank the optimizer state and group options (learning rate, ...) of ``root_rank``. Collective.
 
     No step is taken: weights and step counters stay. Tensors a rank has already are overwritten in place, those it
-    lacks are made, and those ``root_rank`` lacks are dropped. Group options that are neither numbers, text,
+    lacks are made, and those ``root_rank`` lacks are dropped. Where ranks hold parts of one state (``EveryStep`` with
+    ``update="central"`` or ``"sharded"``), it stays where it is. Group options that are neither numbers, text,
     tensors nor lists of them (functions, say) stay as they are.
 
     Args:
@@ -89,11 +90,14 @@ def broadcast_optimizer_state(
             for group in optimizer.param_groups
         ]
         places = {id(p): i for i, p in enumerate(parameters)}
-        state = [
+        state: list[Any] | None = [
             [places.get(id(key), key), encode(value, sent, "the state")]
             for key, value in optimizer.state.items()
             if isinstance(key, str) or id(key) in places
         ]
+        exchange = getattr(getattr(optimizer, "_hvdscale", None), "exchange", None)
+        if getattr(exchange, "is_cut", False):
+            state = None  # every rank holds a part, and nobody the whole: there is nothing to copy
         message = json.dumps({"options": options, "state": state}).encode()
     described = json.loads(broadcast_bytes(transport, message, root))
     if transport.rank != root:
@@ -102,12 +106,13 @@ def broadcast_optimizer_state(
                 del group[key]
             for key, value in options.items():
                 group[key] = decode(value, sent, like=group.get(key))
-        before = dict(optimizer.state)
-        optimizer.state.clear()
-        for key, value in described["state"]:
-            owner: Any = key if isinstance(key, str) else parameters[key]
-            device = None if isinstance(key, str) else parameters[key].device
-            optimizer.state[owner] = decode(value, sent, like=before.get(owner), device=device)
+        if described["state"] is not None:
+            before = dict(optimizer.state)
+            optimizer.state.clear()
+            for key, value in described["state"]:
+                owner: Any = key if isinstance(key, str) else parameters[key]
+                device = None if isinstance(key, str) else parameters[key].device
+                optimizer.state[owner] = decode(value, sent, like=before.get(owner), device=device)
     _broadcast_tensors(sent, root_rank, "optimizer", process_set)
 
 

@@ -25,6 +25,8 @@ from hvdscale.sync.handle import SteadySync, Sync
 from hvdscale.torch.adasum import DeltaReducer
 from hvdscale.torch.local import LocalTraining
 from hvdscale.torch.names import parameter_names
+from hvdscale.torch.placed import PlacedUpdate
+from hvdscale.torch.placed_state import keep_precision
 from hvdscale.torch.reducer import Reducer, Survey
 from hvdscale.torch.runtime import control, elastic, neighbours
 from hvdscale.torch.steps import Attachment, Terms, after_step, before_step
@@ -56,7 +58,8 @@ class DistributedMixin:
         held = self._hvdscale
         if isinstance(held.exchange, LocalTraining):
             return held.exchange.sync
-        return SteadySync(lambda: {name: p.detach().clone() for name, p in held.named if p.requires_grad})
+        more = (held.exchange.flush, held.exchange.metrics) if isinstance(held.exchange, PlacedUpdate) else ()
+        return SteadySync(lambda: {name: p.detach().clone() for name, p in held.named if p.requires_grad}, *more)
 
     @property
     def backward_passes_per_step(self) -> int:
@@ -114,10 +117,26 @@ class DistributedMixin:
                 raise
             held.exchange.add(named)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state, as a plain optimizer's, whoever holds it.
+
+        With ``EveryStep(update="central" | "sharded")`` this is collective: call it on every rank. To save on one rank
+        alone, call ``sync.flush()`` on every rank first, and then ``state_dict()`` on the first.
+        """
+        plain: Any = super()
+        if not isinstance(self._hvdscale.exchange, PlacedUpdate):
+            return plain.state_dict()
+        with self._hvdscale.exchange.whole_state():
+            return plain.state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._hvdscale.exchange is not None:
-            self._hvdscale.exchange.forget()
+        """Load a whole state, saved by any number of ranks or by a plain optimizer. Every rank loads the same."""
+        exchange = self._hvdscale.exchange
+        if exchange is not None:
+            exchange.forget()
         super().load_state_dict(state_dict)  # type: ignore[misc]
+        if isinstance(exchange, PlacedUpdate):
+            keep_precision(self, state_dict)  # type: ignore[arg-type]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
@@ -127,6 +146,11 @@ class DistributedMixin:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         held = self._hvdscale
+        if isinstance(held.exchange, PlacedUpdate):
+            raise StateError(
+                f'With update="{held.exchange.update}" this rank holds a part of the optimizer\'s state, and a copy '
+                "would be one of that part. Make a new optimizer and give it optimizer.state_dict()."
+            )
         state = {k: v for k, v in self.__getstate__().items() if k != "_hvdscale"}  # type: ignore[attr-defined]
         registry = tuple((name, id(parameter) in held.sparse) for name, parameter in held.named)
         return _revive, (plain_class(self), held.terms, held.number, registry, held.asks), state  # type: ignore[arg-type]
@@ -209,11 +233,15 @@ def _watch(optimizer: Optimizer, held: Attachment) -> None:
         warm = terms.plan.warmup > 0 and terms.process_set.size() > 1
         reducer = Reducer(terms.reduction, sparse=held.sparse, survey=survey, **common) if warm else None
         held.exchange = LocalTraining(terms.plan, optimizer, held.model, terms.process_set, reducer)
+    elif terms.plan.placed:
+        held.exchange = PlacedUpdate(terms.plan, optimizer, terms.reduction, **common)
     else:
         held.exchange = Reducer(terms.reduction, sparse=held.sparse, survey=survey, meet=meet, **common)
     held.exchange.add(held.named)
     optimizer.register_step_pre_hook(before_step)
-    optimizer.register_step_post_hook(after_step)
+    after = optimizer.register_step_post_hook(after_step)
+    if isinstance(held.exchange, PlacedUpdate):  # first, so that hooks the user made before see the updated model
+        optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
 
 
 def _survey(terms: Terms) -> Survey:

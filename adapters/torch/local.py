@@ -14,12 +14,13 @@ from hvdscale.sync.handle import LocalSync
 from hvdscale.torch.broadcast import broadcast_parameters
 from hvdscale.torch.channel import open_channel, open_post
 from hvdscale.torch.reducer import Reducer
+from hvdscale.torch.steps import StepsOnParameters
 from hvdscale.torch.store import TorchStore
 
 __all__ = ["LocalTraining"]
 
 
-class LocalTraining:
+class LocalTraining(StepsOnParameters):
     """Each rank steps on its own gradients; weights meet.
 
     Args:

@@ -23,6 +23,7 @@ from hvdscale.runtime import timeline
 from hvdscale.runtime.neighbours import Neighbours, packed_bytes
 from hvdscale.sync import Reduction
 from hvdscale.torch.gradients import Finish, launch
+from hvdscale.torch.steps import StepsOnParameters
 
 __all__ = ["Announcer", "Meet", "Reducer", "Survey"]
 
@@ -77,7 +78,7 @@ class Announcer:
         return [] if reducer is None or id(parameter) not in _watching else [(reducer, position)]
 
 
-class Reducer:
+class Reducer(StepsOnParameters):
     """Reduces the gradients of an ordered registry of parameters, round by round.
 
     Args:
@@ -228,13 +229,17 @@ class Reducer:
     def _open(self) -> None:
         positions = self._trainable()
         if positions != sorted(self._bucket_of):
-            self._buckets = [positions] if self._neighbours else self.reduction.buckets(positions)
+            self._buckets = self._plan(positions)
             self._bucket_of = {p: i for i, bucket in enumerate(self._buckets) for p in bucket}
         self._left = dict.fromkeys(positions, self.passes)
         self._waiting = [len(bucket) for bucket in self._buckets]
         self._finished = ""
         self._queued = False  # a backward pass that raised never ran its callback
         self._asks = not self._unknown.isdisjoint(positions)
+
+    def _plan(self, positions: list[int]) -> list[list[int]]:
+        """Which parameters travel together: called when other ones than before are trainable."""
+        return [positions] if self._neighbours else self.reduction.buckets(positions)
 
     def _ask(self) -> None:
         """Let a rank without a gradient know what kind its peers send. Every rank comes here once in such a round."""

@@ -16,7 +16,7 @@ from hvdscale._version import __version__
 from hvdscale.runtime import timeline
 from hvdscale.sync import EveryStep, LocalPlan, Reduction
 
-__all__ = ["Attachment", "Exchange", "Terms", "after_step", "before_step"]
+__all__ = ["Attachment", "Exchange", "StepsOnParameters", "Terms", "after_step", "before_step"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Terms:
 
 
 class Exchange(Protocol):
-    """What runs around a step; ``Reducer``, ``DeltaReducer`` and ``LocalTraining``."""
+    """What runs around a step; ``Reducer``, ``DeltaReducer``, ``LocalTraining`` and ``PlacedUpdate``."""
 
     passes: int
 
@@ -74,6 +74,24 @@ class Exchange(Protocol):
 
     def after_step(self) -> None: ...
 
+    def take_over(self) -> None:
+        """Gradients are ready: the optimizer gets the tensors it updates on this rank."""
+        ...
+
+    def hand_back(self) -> None:
+        """The optimizer gets the model's parameters back."""
+        ...
+
+
+class StepsOnParameters:
+    """An exchange whose optimizer updates the model's own parameters."""
+
+    def take_over(self) -> None:
+        """It has them already."""
+
+    def hand_back(self) -> None:
+        """It has them still."""
+
 
 @dataclass
 class Attachment:
@@ -95,11 +113,15 @@ class Attachment:
 def before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     held: Attachment = optimizer._hvdscale
     exchange = held.exchange
-    if exchange is None or held.skip:
+    if exchange is None:
+        return None
+    if held.skip:
+        exchange.take_over()
         return None
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
     if closure is None or not exchange.watches_gradients:
         exchange.before_step()
+        exchange.take_over()
         return None
     evaluate = _on_all_ranks(closure, held, exchange)
     if len(args) > 1:
@@ -120,8 +142,10 @@ def _on_all_ranks(closure: Callable[[], Any], held: Attachment, exchange: Exchan
     """The closure with its gradients and its loss reduced, so that line searches decide alike everywhere."""
 
     def evaluate() -> Any:
+        exchange.hand_back()
         loss = closure()
         exchange.synchronize()
+        exchange.take_over()
         if not isinstance(loss, (float, Tensor)):
             return loss
         value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)

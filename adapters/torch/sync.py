@@ -20,6 +20,7 @@ from hvdscale.torch.broadcast import broadcast_optimizer_state, broadcast_parame
 from hvdscale.torch.distributed import DistributedMixin, distribute
 from hvdscale.torch.gradients import HOROVOD_OPS
 from hvdscale.torch.names import names_by_id, parameter_names
+from hvdscale.torch.placed_checks import check_placed, sparse_parameters
 from hvdscale.torch.runtime import world
 from hvdscale.torch.sharded import ShardedModel
 from hvdscale.torch.steps import Terms
@@ -68,7 +69,10 @@ def DistributedOptimizer(
             a gradient over several hosts, one per 32 MiB among ranks that share a host's cores.
         sparse_as_dense: reduce sparse gradients as dense ones.
         process_set: the ranks that share gradients. Others step alone.
-        sync: when ranks agree; ``EveryStep()`` when left out.
+        sync: when ranks agree, and who applies the update; ``EveryStep()`` when left out. With
+            ``EveryStep(update="central" | "sharded")`` a rank holds its part of the reduced gradients: scaling,
+            clamping and norms of ``.grad`` are those of the whole (so clipping works as ever), ``.full_tensor()``
+            gives it, anything else is refused; ``state_dict()`` is collective.
         model: its weights and buffers, and the optimizer's state, are first made those of the
             first rank of ``process_set``. Of a model sharded by ``shard_model``: over the ranks that hold the same part
             of it, which are then the ones that share gradients.
@@ -108,6 +112,13 @@ def DistributedOptimizer(
     if num_groups:
         warnings.warn("num_groups has been replaced by groups.", DeprecationWarning, stacklevel=2)
         groups = num_groups if groups is None else groups
+    if isinstance(plan, EveryStep) and plan.placed:
+        if sharded is not None:
+            raise PlanError(
+                f'update="{plan.update}" places the updates of whole models; this one is sharded by shard_model. Leave '
+                "sync out."
+            )
+        check_placed(plan, optimizer, held, sparse_as_dense)
     reduction = Reduction(
         op=_op_name(op),
         predivide=gradient_predivide_factor,
@@ -122,10 +133,10 @@ def DistributedOptimizer(
         )
     if reduction.op == "adasum":
         check_adasum(process_set)
-    elif groups is None:
+    elif groups is None and not (isinstance(plan, EveryStep) and plan.placed):
         reduction = replace(reduction, groups=_groups_on_one_host(parameters))
     terms = Terms(reduction, plan, compression, process_set)
-    distribute(optimizer, terms, names, named, _sparse_parameters(held), held, near=groups is None)
+    distribute(optimizer, terms, names, named, sparse_parameters(held), held, near=groups is None)
     amp.watch_gradient_scalers()
     if model is not None and process_set.included():
         root = process_set.ranks[0]
@@ -171,13 +182,3 @@ def _positions(groups: Groups | None, parameters: Sequence[Tensor]) -> int | tup
             if not isinstance(member, Tensor):
                 raise PlanError(f"groups must be a number or lists of parameters; one holds a {type(member).__name__}.")
     return tuple(tuple(place[id(p)] for p in group if id(p) in place) for group in groups)
-
-
-def _sparse_parameters(model: nn.Module | None) -> frozenset[int] | None:
-    if model is None:
-        return None
-    return frozenset(
-        id(module.weight)
-        for module in model.modules()
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse
-    )

@@ -56,7 +56,7 @@ _SERVER = {
 _EVERY = {"every": 32}
 
 CHOICES: dict[str, Choice] = {
-    "every-step": Choice(EveryStep, "average gradients at every step", {}, {}),
+    "every-step": Choice(EveryStep, "average gradients at every step", {"update": "update"}, {}),
     "local-sgd": Choice(LocalSGD, "average weights in rounds", _ROUNDS, _EVERY),
     "diloco": Choice(
         DiLoCo,
@@ -79,6 +79,7 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("agreement", "\n".join(f"{name:<12} {c.help}" for name, c in CHOICES.items()))
     group.add_argument("--sync", choices=tuple(CHOICES), default="every-step", help="when and on what ranks agree")
     hide: dict[str, Any] = {"default": argparse.SUPPRESS}
+    group.add_argument("--update", help="local, central or sharded; who applies the averaged gradients", **hide)
     group.add_argument(
         "--every",
         metavar="H",

@@ -15,9 +15,17 @@ __all__ = ["EveryStep"]
 
 @dataclass(frozen=True)
 class EveryStep:
-    """All-reduce the gradients at every step; each worker applies the same update.
+    """Agree on the gradients at every step.
 
-    ``update`` says who applies it. This version knows ``"local"``: every worker does, on its own copy.
+    All three updates give the same weights. They differ in what a rank keeps and sends:
+
+    - ``"local"``: gradients are all-reduced, and every worker applies the same update to its own copy.
+    - ``"sharded"``: gradients are reduce-scattered, each rank updates 1/N of the parameters and keeps the optimizer's
+      state for those alone, then weights are all-gathered (ZeRO, arXiv 1910.02054).
+    - ``"central"``: gradients go to the first rank, which alone holds optimizer state, updates and broadcasts weights.
+
+    Args:
+        update: who applies the update.
 
     Raises:
         PlanError: ``update`` is anything else.
@@ -26,14 +34,29 @@ class EveryStep:
     update: str = "local"
 
     def __post_init__(self) -> None:
-        if self.update != "local":
+        if self.update not in ("local", "central", "sharded"):
             raise PlanError(
-                f"EveryStep(update=...) takes 'local' in this version, got {self.update!r}. "
+                f'EveryStep(update=...) takes "local", "central" or "sharded", got {self.update!r}. '
                 "Leave it out: every worker then applies the averaged gradient itself."
             )
 
+    @property
+    def placed(self) -> bool:
+        """Whether ranks update different elements."""
+        return self.update != "local"
+
     def check(self, reduction: Reduction) -> None:
-        """Every reduction of gradients goes with it."""
+        """Raise PlanError where gradients would be reduced in a way that the update has no meaning for."""
+        if self.placed and reduction.op == "adasum":
+            raise PlanError(
+                f'op=Adasum combines what every rank\'s own update did; with update="{self.update}" ranks make no such '
+                'updates. Use op=Average, or update="local".'
+            )
+        if self.placed and reduction.groups is not None:
+            raise PlanError(
+                f'groups={reduction.groups} says which gradients travel together; with update="{self.update}" that '
+                "follows from who updates them. Leave groups out."
+            )
 
     def facts(self) -> dict[str, object]:
         """What all ranks must agree on, by name."""

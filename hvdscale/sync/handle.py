@@ -118,18 +118,29 @@ class LocalSync(Generic[T]):
 class SteadySync(Generic[T]):
     """The agreement at every step: ranks hold the same weights always, and nothing is kept between steps.
 
-    ``read`` gives the weights by name.
+    Args:
+        read: gives the weights by name.
+        flush: where ranks hold parts of the optimizer's state: brings the whole to the first rank. Collective.
+        metrics: running figures, where there are any.
     """
 
-    def __init__(self, read: Callable[[], dict[str, T]]) -> None:
+    def __init__(
+        self,
+        read: Callable[[], dict[str, T]],
+        flush: Callable[[], None] = lambda: None,
+        metrics: Callable[[], dict[str, float]] = dict,
+    ) -> None:
         self._read = read
+        self._flush = flush
+        self._metrics = metrics
 
     @property
     def trains(self) -> bool:
         return True
 
     def flush(self) -> None:
-        """Nothing is left over."""
+        """Weights are the same everywhere already; a state that ranks hold in parts comes to the first rank."""
+        self._flush()
 
     def tell(self, loss: float, samples: float = 1.0) -> None:
         """Every rank counts the same at every step."""
@@ -142,7 +153,7 @@ class SteadySync(Generic[T]):
         yield
 
     def metrics(self) -> dict[str, float]:
-        return {}
+        return self._metrics()
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -49,7 +49,9 @@ class ContractDriver(ABC):
 
     @abstractmethod
     def optimizer(self, kind: str, model: Any) -> Any:
-        """``"sgd"``, ``"momentum"`` or ``"adam"`` with the oracle's settings, not yet distributed."""
+        """Not yet distributed: ``"sgd"``, ``"momentum"`` or ``"adam"`` with the oracle's settings, or ``"adamw"``,
+        which has weight decay, not the same for all parameters if the framework can, and clips by the global norm.
+        """
 
     @abstractmethod
     def distribute(self, optimizer: Any, model: Any, **arguments: Any) -> Any:
@@ -73,5 +75,6 @@ class ContractDriver(ABC):
 
     def everyones(self, array: np.ndarray) -> np.ndarray:
         """``array`` of all ranks, stacked along a new first axis."""
-        gathered = self.hvd.allgather(self.tensor(array.reshape(1, -1)))
+        # Named: Horovod counts the nameless by what a rank did before, and ranks outside a process set did less.
+        gathered = self.hvd.allgather(self.tensor(array.reshape(1, -1)), name="everyones")
         return np.asarray(self.numpy(gathered)).reshape(-1, *array.shape)

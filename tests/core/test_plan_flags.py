@@ -19,6 +19,8 @@ from lm.plans import CHOICES, plan_of
     [
         ("", EveryStep()),
         ("--sync every-step", EveryStep()),
+        ("--update sharded", EveryStep("sharded")),
+        ("--sync every-step --update central", EveryStep("central")),
         ("--sync local-sgd", LocalSGD(32)),
         ("--sync local-sgd --every 8 --sync-warmup 5 --wire int8", LocalSGD(8, warmup=5, wire="int8")),
         ("--sync local-sgd --every post-local:100,16", LocalSGD(post_local(100, 16))),
@@ -42,6 +44,8 @@ def test_a_plan_by_its_flags(given: str, plan: Any) -> None:
     ("given", "rule"),
     [
         ("--every 8", "--every goes with --sync .*local-sgd.*; --sync is every-step"),
+        ("--update everywhere", 'takes "local", "central" or "sharded"'),
+        ("--sync local-sgd --update sharded", "--update goes with --sync every-step; --sync is local-sgd"),
         ("--sync local-sgd --outer-lr 1", "--outer-lr goes with --sync diloco, slowmo, async"),
         ("--sync local-sgd --every 0", "every must be a whole number of steps from 1; it is 0"),
         ("--sync local-sgd --every 2.5", "it is '2.5'"),

@@ -41,8 +41,12 @@ class Driver(ContractDriver):
             "sgd": lambda: keras.optimizers.SGD(0.1),
             "momentum": lambda: keras.optimizers.SGD(0.1, momentum=0.9),
             "adam": lambda: keras.optimizers.Adam(0.01),
+            "adamw": lambda: keras.optimizers.AdamW(0.01, epsilon=1e-3, weight_decay=0.1, global_clipnorm=0.5),
         }
-        return make[kind]()
+        optimizer = make[kind]()
+        if kind == "adamw":
+            optimizer.exclude_from_weight_decay(var_names=["bias"])
+        return optimizer
 
     def distribute(self, optimizer: Any, model: Any, **arguments: Any) -> Any:
         return hvd.DistributedOptimizer(optimizer, model=model, **arguments)

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 import hvdscale.tensorflow as hvd
-from hvdscale.sync import LocalPlan, Reduction
+from hvdscale.sync import EveryStep, LocalPlan, Reduction
 from tests.contract.driver import ContractDriver
 from tests.contract.oracle import HIDDEN, INPUTS, Batch, Weights
 
@@ -19,6 +19,7 @@ _OPTIMIZERS: dict[str, Callable[[], keras.optimizers.Optimizer]] = {
     "sgd": lambda: keras.optimizers.SGD(0.1),
     "momentum": lambda: keras.optimizers.SGD(0.1, momentum=0.9),
     "adam": lambda: keras.optimizers.Adam(0.01, beta_1=0.9, beta_2=0.999, epsilon=1e-7),
+    "adamw": lambda: keras.optimizers.AdamW(0.01, epsilon=1e-3, weight_decay=0.1, global_clipnorm=0.5),
 }
 
 
@@ -56,7 +57,9 @@ class Driver(ContractDriver):
         return _OPTIMIZERS[kind]()
 
     def distribute(self, optimizer: Any, model: Any, **arguments: Any) -> Distributed:
-        if isinstance(arguments.get("sync"), LocalPlan):  # what follows steps belongs to the optimizer
+        plan = arguments.get("sync")
+        if isinstance(plan, LocalPlan) or (isinstance(plan, EveryStep) and plan.placed):
+            # What follows steps belongs to the optimizer: rounds, and updated weights.
             return Distributed(hvd.DistributedOptimizer(optimizer, model=model, **arguments), lambda tape: tape)
         Reduction(passes=arguments.pop("backward_passes_per_step", 1))  # the loop adds up: see ``step``
         before = optimizer.wrap if isinstance(optimizer, Distributed) else lambda tape: tape

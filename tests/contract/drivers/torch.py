@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ from tests.contract.oracle import Batch, Weights
 
 class Driver(ContractDriver):
     hvd = hvd
+
+    def __init__(self) -> None:
+        self._clipped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
     def tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array))
@@ -36,6 +40,12 @@ class Driver(ContractDriver):
 
     def optimizer(self, kind: str, model: nn.Module) -> torch.optim.Optimizer:
         parameters = model.parameters()
+        if kind == "adamw":
+            matrices = {"params": [p for p in parameters if p.dim() > 1]}
+            vectors = {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0, "lr": 0.02}
+            optimizer = torch.optim.AdamW([matrices, vectors], lr=0.01, eps=1e-3, weight_decay=0.1)
+            self._clipped.add(optimizer)
+            return optimizer
         if kind == "adam":
             return torch.optim.Adam(parameters, lr=0.01, eps=1e-7)
         return torch.optim.SGD(parameters, lr=0.1, momentum={"sgd": 0.0, "momentum": 0.9}[kind])
@@ -48,6 +58,8 @@ class Driver(ContractDriver):
             x, y = (torch.from_numpy(a).float() for a in batch)
             (model(x) - y).square().mean().backward()
             if (i + 1) % passes == 0:
+                if optimizer in self._clipped:
+                    nn.utils.clip_grad_norm_(model.parameters(), 0.5)
                 optimizer.step()
                 optimizer.zero_grad()
 
