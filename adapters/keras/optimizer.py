@@ -14,7 +14,6 @@ from keras.src.saving import object_registration
 from hvdscale.errors import PlanError
 from hvdscale.keras.backend import verbs
 from hvdscale.keras.keras_hooks import install_hooks, reducer_of
-from hvdscale.keras.placed import PlacedUpdate
 from hvdscale.keras.placed_checks import check_placed
 from hvdscale.keras.plan import Distribution
 from hvdscale.keras.reducer import Reducer
@@ -231,11 +230,19 @@ class _Distributed:
         placed = self._hvdscale.placed
         assert placed is not None
         by_variable = {id(v): g for v, g in zip(variables, grads, strict=True)}
-        shares = placed.reduce([by_variable.get(id(v)) for v in placed.variables], self._hvdscale.suspended)
+        whole = [by_variable.get(id(v)) for v in placed.variables]
+        if self._clips_by_norm and self.gradient_accumulation_steps and any(g is None for g in whole):  # type: ignore[attr-defined]
+            raise PlanError(
+                f'update="{placed.update}" with gradient_accumulation_steps clips by norm where every variable has a '
+                "gradient. Freeze those without (trainable=False), or clip by value."
+            )
+        shares = placed.reduce(whole, self._hvdscale.suspended)
         placed.refresh()
         if any(share is not None for share in shares):
             plain.apply(shares, placed.trained)
         else:
+            if self._clips_by_norm:
+                placed.clip(self, [])  # others count on this rank
             self._iterations.assign_add(1)  # type: ignore[attr-defined]
         placed.spread()
 
@@ -255,21 +262,14 @@ class _Distributed:
             grads = self._hvdscale.reduce(grads, deferred)
         plain: Any = super()
         placed = self._hvdscale.placed
-        by_norm = self.clipnorm or self.global_clipnorm  # type: ignore[attr-defined]
-        if placed is not None and by_norm:
-            return self._clip_slices(placed, grads)
+        if placed is not None and self._clips_by_norm:
+            return placed.clip(self, grads)
         clipped: list[Any] = plain._clip_gradients(grads)
         return clipped
 
-    def _clip_slices(self, placed: PlacedUpdate, grads: list[Any]) -> list[Any]:
-        """By the norms of whole gradients. Those of slices without a gradient were left out before."""
-        trained = placed.trained
-        if len(grads) == len(trained):
-            return placed.clip(self, grads)
-        raise PlanError(
-            f'update="{placed.update}" clips by norm where every variable has a gradient; {len(trained) - len(grads)} '
-            "have none. Freeze them (trainable=False), or clip by value."
-        )
+    @property
+    def _clips_by_norm(self) -> bool:
+        return bool(self.clipnorm or self.global_clipnorm)  # type: ignore[attr-defined]
 
     def _use_weight_decay(self, variable: Any) -> bool:
         placed = self._hvdscale.placed

@@ -58,6 +58,7 @@ class PlacedUpdate:
         self.owners = {id(s): self.variables[p.tensor] for p, s in zip(self.pieces, self.slices, strict=True)}
         # A rank that updates nothing still counts steps: on one number, which is not the model's.
         self._idle = [] if self.slices else [keras.Variable(0.0, dtype="float32", name="idle")]
+        self._present: list[int] = []  # whose slices have a gradient in this step
         self._sink = keras.Variable(0.0, dtype="float32", trainable=False, name="sink")
         self._carrier = carrier_of(self.update, plan)
 
@@ -100,6 +101,7 @@ class PlacedUpdate:
                 else:
                     part = shares[bucket][piece.at : piece.at + piece.size]
                     found.append(ops.reshape(part, self._of_piece[piece].shape))
+        self._present = [p.tensor for p, share in zip(self.pieces, found, strict=True) if share is not None]
         found += [ops.zeros_like(verbs.tensor(v)) for v in self._idle]
         self._take_part(shares, gradients)
         return found
@@ -156,9 +158,12 @@ class PlacedUpdate:
     # Norms ----------------------------------------------------------------------------------------------
 
     def clip(self, optimizer: Any, gradients: Sequence[Any]) -> list[Any]:
-        """``clipnorm`` and ``global_clipnorm`` by the norms of whole gradients; ``gradients`` are those of slices."""
-        present = [i for i, g in enumerate(gradients) if g is not None and i < len(self.pieces)]
-        squares = {self.pieces[i].tensor: ops.sum(ops.square(ops.cast(gradients[i], "float32"))) for i in present}
+        """``clipnorm`` and ``global_clipnorm`` by the norms of whole gradients.
+
+        ``gradients`` are those of this step's slices that have one, in order.
+        """
+        owners = dict(enumerate(self._present[: len(gradients)]))
+        squares = {t: ops.sum(ops.square(ops.cast(gradients[i], "float32"))) for i, t in owners.items()}
         zero = ops.zeros((), "float32")
         own = ops.stack([squares.get(position, zero) for position in range(len(self.variables))])
         norms = ops.sqrt(verbs.sum_over_ranks(own, self.plan.process_set, f"{self.plan.name}.norms"))
@@ -171,9 +176,10 @@ class PlacedUpdate:
             # As Keras: a norm that is not finite makes every gradient NaN, on every rank.
             factor = ops.where(ops.isfinite(total), limit / ops.maximum(total, limit), float("nan"))
             factors = ops.ones_like(norms) * factor
+        self._sink.assign(ops.sum(norms))  # a graph leaves out what nobody uses, and others wait for it
         clipped = list(gradients)
-        for i in present:
-            clipped[i] = gradients[i] * ops.cast(factors[self.pieces[i].tensor], gradients[i].dtype)
+        for i, position in owners.items():
+            clipped[i] = gradients[i] * ops.cast(factors[position], gradients[i].dtype)
         return clipped
 
 
