@@ -60,6 +60,17 @@ def test_both_frameworks_follow_the_same_curve(ranks: int) -> None:
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-3)
 
 
+def test_a_pipeline_of_two_ranks_follows_one_rank(tmp_path: Path) -> None:
+    """The same text, the same batches of 8: the curve of one process, from a model that no rank holds whole."""
+    record, alone = tmp_path / "losses.json", tmp_path / "alone.json"
+    common = ("--shard", "random", "--batch-size", "8", "--record")
+    output = train("pipeline_lm", *common, str(record), "--microbatches", "3").check()
+    assert re.search(r"of [\d,]+ parameters on rank 0: 0\.[3-7]", output)
+    train("torch_lm", *common, str(alone), ranks=1, launcher="alone").check()
+    one, other = (np.array(json.loads(path.read_text())["train"]) for path in (record, alone))
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-3)
+
+
 def test_the_same_seed_gives_the_same_losses() -> None:
     for one, again in zip(losses("torch", 1), losses("torch", 1, run=1), strict=True):
         assert np.array_equal(one, again)

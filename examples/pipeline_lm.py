@@ -1,0 +1,100 @@
+"""The language model of ``torch_lm.py`` cut into stages: each rank holds some of its layers, and its blocks stay whole.
+
+    mpirun -np 2 python examples/pipeline_lm.py --pp 2
+    mpirun -np 4 python examples/pipeline_lm.py --pp 2 --microbatches 8 --schedule zb    # two copies, on other text
+
+The losses are those of ``torch_lm.py`` on as many ranks as there are copies, with the same ``--batch-size``.
+"""
+
+import argparse
+
+import numpy as np
+import torch
+from lm.batches import Share
+from lm.flags import parse_flags, run
+from lm.report import Report
+from lm.together import load_together
+from torch import Tensor
+from torch.nn import functional as F
+from torch_lm import Block, LanguageModel, mean_of_ranks, schedule
+
+import hvdscale.torch as hvd
+from hvdscale.errors import PlanError
+
+
+def pipeline_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("pipeline")
+    group.add_argument("--pp", type=int, default=2, help="stages; ranks beyond them are further copies of the model")
+    group.add_argument("--microbatches", type=int, default=4, help="pieces of a batch")
+    group.add_argument("--schedule", default="1f1b", help="gpipe, 1f1b or zb")
+    group.add_argument("--recompute", action="store_true", help="keep only the inputs of stages")
+
+
+def mesh_of(flags: argparse.Namespace, ranks: int) -> hvd.Mesh:
+    if flags.pp < 1 or ranks % flags.pp:
+        raise PlanError(f"--pp must be at least 1 and divide the number of ranks; it is {flags.pp} of {ranks} ranks.")
+    return hvd.Mesh(dp=ranks // flags.pp, pp=flags.pp)
+
+
+def mean_over_tokens(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.long().flatten())
+
+
+def evaluate(model: hvd.ShardedModel, share: Share, batch_size: int, report: Report) -> None:
+    inputs, targets = share.held_out
+    total = 0.0
+    for i in range(0, len(inputs), batch_size):
+        x, y = tensors(inputs[i : i + batch_size], targets[i : i + batch_size])
+        total += model.eval_step(x, y).item() * y.numel()
+    report.evaluated(total / max(targets.size, 1), targets.size)
+
+
+def tensors(inputs: np.ndarray, targets: np.ndarray) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+
+def main() -> None:
+    flags = parse_flags(__doc__, extend=pipeline_flags)
+    hvd.init(process_sets="dynamic")
+    rank, ranks = hvd.rank(), hvd.size()
+    mesh = mesh_of(flags, ranks)
+    share = load_together(flags, mesh.coordinates(rank).dp, mesh.dp, mean_of_ranks)
+
+    torch.manual_seed(flags.seed)
+    whole = LanguageModel(share.vocabulary, flags.context, flags.layers, flags.width, flags.heads)
+    parameters = sum(p.numel() for p in whole.parameters())
+    model = hvd.shard_model(
+        whole,
+        mesh,
+        by="graph",
+        whole=(Block,),
+        loss=mean_over_tokens,
+        microbatches=flags.microbatches,
+        schedule=flags.schedule,
+        recompute=flags.recompute,
+        sample=tensors(*share.batches[0])[0],
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), flags.lr, weight_decay=0.01)
+    optimizer = hvd.DistributedOptimizer(optimizer, model=model)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, flags.steps, flags.warmup))
+
+    tokens = flags.batch_size * flags.context // mesh.pp
+    report = Report(rank, ranks, flags.steps, tokens, mean_of_ranks, flags.logdir)
+    report.say(f"{ranks} ranks on PyTorch {torch.__version__}")
+    report.say(f"{parameters:,} parameters; {share.description}")
+    report.say(model.describe())
+    evaluate(model, share, flags.batch_size, report)
+    for step in range(flags.steps):
+        optimizer.zero_grad()
+        loss = model.train_step(*tensors(*share.batches[step]))
+        hvd.clip_grad_norm_(model, 1.0)
+        optimizer.step()
+        rate.step()
+        report.step(loss.item())
+        if (step + 1) % flags.eval_every == 0 or step + 1 == flags.steps:
+            evaluate(model, share, flags.batch_size, report)
+    report.finish(flags.plot, flags.record)
+
+
+if __name__ == "__main__":
+    run(main)
