@@ -80,6 +80,7 @@ def measure(rig: Rig | None, ways: Sequence[str], options: Any) -> dict[str, Mea
             found[way].seconds.append(slowest(left)["step"])
             for name in ("wire_bytes", "counted_bytes"):
                 setattr(found[way], name, statistics.mean(rank["facts"][name] for rank in left))
+            print(f"{way}: {found[way].seconds[-1]:.3f} s a step", file=sys.stderr, flush=True)  # minutes lie between
     return found
 
 
