@@ -123,4 +123,4 @@ def common_state(optimizer: Any) -> list[Any]:
         return list(optimizer.variables)
     owned = {id(v) for v in _others(inner, slots_of(inner))}
     outer: Sequence[Any] = () if inner is optimizer else optimizer._variables
-    return [*outer, *(v for v in inner.variables if id(v) in owned and not v.shape)]
+    return [*outer, *(v for v in inner.variables if id(v) in owned and len(v.shape) == 0)]
