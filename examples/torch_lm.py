@@ -4,6 +4,7 @@
     mpirun -np 2 python examples/torch_lm.py
     mpirun -np 2 python examples/torch_lm.py --sync diloco --every 16 --wire int8
     mpirun -np 2 python examples/torch_lm.py --sync async --staleness 4
+    mpirun -np 2 python examples/torch_lm.py --tp 2
 
 Lines that end in ``# hvd`` are all that distributed training needs.
 """
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from lm.batches import Share
 from lm.flags import parse_flags, run
+from lm.mesh import mesh_of
 from lm.plans import plan_of
 from lm.report import Report
 from lm.together import load_together
@@ -88,26 +90,30 @@ def evaluate(
 
 def main() -> None:
     flags = parse_flags(__doc__)
-    hvd.init()  # hvd
+    hvd.init(process_sets="dynamic" if flags.tp > 1 else None)  # hvd
     rank, ranks = hvd.rank(), hvd.size()  # hvd
-    share = load_together(flags, rank, ranks, mean_of_ranks)
+    mesh = mesh_of(flags, ranks)
+    share = load_together(flags, mesh.coordinates(rank).dp, mesh.dp, mean_of_ranks)
 
     torch.manual_seed(flags.seed)
     model = LanguageModel(share.vocabulary, flags.context, flags.layers, flags.width, flags.heads)
+    parameters = sum(p.numel() for p in model.parameters())
+    held = hvd.shard_model(model, mesh, by="features") if mesh.tp > 1 else model  # hvd
     optimizer = torch.optim.AdamW(model.parameters(), flags.lr, weight_decay=0.01)
-    optimizer = hvd.DistributedOptimizer(optimizer, model=model, sync=plan_of(flags))  # hvd
+    optimizer = hvd.DistributedOptimizer(optimizer, model=held, sync=plan_of(flags))  # hvd
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, flags.steps, flags.warmup))
 
-    report = Report(rank, ranks, flags.steps, flags.batch_size * flags.context, mean_of_ranks, flags.logdir)
+    tokens = flags.batch_size * flags.context // mesh.tp
+    report = Report(rank, ranks, flags.steps, tokens, mean_of_ranks, flags.logdir)
     report.agreement = optimizer.sync.metrics  # hvd
     report.say(f"{ranks} rank{'s' if ranks > 1 else ''} on PyTorch {torch.__version__}")
-    report.say(f"{sum(p.numel() for p in model.parameters()):,} parameters; {share.description}")
+    report.say(f"{parameters:,} parameters; {share.description}")
     evaluate(model, optimizer, share, flags.batch_size, report)
     for step in range(flags.steps):
         optimizer.zero_grad()
         loss = model.loss(*share.batches[step])
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        hvd.clip_grad_norm_(held, 1.0)  # hvd
         optimizer.sync.tell(loss.item())  # hvd
         optimizer.step()
         rate.step()

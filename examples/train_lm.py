@@ -4,6 +4,7 @@
     KERAS_BACKEND=tensorflow horovodrun -np 2 python examples/train_lm.py
     KERAS_BACKEND=torch mpirun -np 2 python examples/train_lm.py --logdir runs/lm --plot loss.png
     KERAS_BACKEND=torch mpirun -np 2 python examples/train_lm.py --sync local-sgd --every 32 --wire int8
+    KERAS_BACKEND=tensorflow mpirun -np 2 python examples/train_lm.py --tp 2
 
 The model is a decoder-only transformer in Keras 3. Without ``--data`` it reads the source of Python's own library.
 Lines that end in ``# hvd`` are all that distributed training needs.
@@ -17,6 +18,7 @@ import numpy as np
 from keras import layers, ops
 from lm.batches import Batches, Share
 from lm.flags import parse_flags, run
+from lm.mesh import mesh_of
 from lm.plans import plan_of
 from lm.report import Report
 from lm.together import load_together
@@ -102,11 +104,14 @@ def evaluate(model: keras.Model, share: Share, batch_size: int, report: Report) 
 
 def main() -> None:
     flags = parse_flags(__doc__)
-    hvd.init()  # hvd
+    hvd.init(process_sets="dynamic" if flags.tp > 1 else None)  # hvd
     rank, ranks = hvd.rank(), hvd.size()  # hvd
-    share = load_together(flags, rank, ranks, mean_of_ranks)
+    mesh = mesh_of(flags, ranks)
+    share = load_together(flags, mesh.coordinates(rank).dp, mesh.dp, mean_of_ranks)
 
     model = build_model(share.vocabulary, flags.context, flags.layers, flags.width, flags.heads, flags.seed)
+    parameters = model.count_params()
+    held = hvd.shard_model(model, mesh, by="features") if mesh.tp > 1 else model  # hvd
     rate = keras.optimizers.schedules.CosineDecay(
         flags.lr / flags.warmup if flags.warmup else flags.lr,
         decay_steps=flags.steps - flags.warmup,
@@ -115,13 +120,14 @@ def main() -> None:
         warmup_steps=flags.warmup,
     )
     optimizer = keras.optimizers.AdamW(rate, weight_decay=0.01, global_clipnorm=1.0)
-    optimizer = hvd.DistributedOptimizer(optimizer, model=model, sync=plan_of(flags))  # hvd
+    optimizer = hvd.DistributedOptimizer(optimizer, model=held, sync=plan_of(flags))  # hvd
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
 
-    report = Report(rank, ranks, flags.steps, flags.batch_size * flags.context, mean_of_ranks, flags.logdir)
+    tokens = flags.batch_size * flags.context // mesh.tp
+    report = Report(rank, ranks, flags.steps, tokens, mean_of_ranks, flags.logdir)
     report.agreement = optimizer.sync.metrics  # hvd
     report.say(f"{ranks} rank{'s' if ranks > 1 else ''} on Keras {keras.__version__} with {keras.backend.backend()}")
-    report.say(f"{model.count_params():,} parameters; {share.description}")
+    report.say(f"{parameters:,} parameters; {share.description}")
     evaluate(model, share, flags.batch_size, report)
     for first in range(0, flags.steps, flags.eval_every):
         count = min(flags.eval_every, flags.steps - first)

@@ -8,10 +8,14 @@ from hvdscale.errors import BuildError, DesyncError, HvdscaleError, PlanError, S
 from hvdscale.keras import callbacks, elastic
 from hvdscale.keras.batch_norm import SyncBatchNormalization
 from hvdscale.keras.data import shard_dataset, verify_epoch
+from hvdscale.keras.model import shard_model
 from hvdscale.keras.optimizer import DistributedOptimizer, PartialDistributedOptimizer
+from hvdscale.keras.parallel_loss import parallel_cross_entropy
 from hvdscale.keras.replicas import broadcast_variables
 from hvdscale.keras.saving import load_model
+from hvdscale.keras.sharded import ShardedModel
 from hvdscale.keras.values import allgather, allreduce, broadcast, broadcast_global_variables, reducescatter
+from hvdscale.model import Mesh
 from hvdscale.sync import (
     DiLoCo,
     EveryStep,
@@ -79,6 +83,7 @@ __all__ = [
     "HvdscaleError",
     "LocalSGD",
     "Max",
+    "Mesh",
     "Min",
     "Nesterov",
     "ParameterServer",
@@ -89,6 +94,7 @@ __all__ = [
     "Reduction",
     "ShardPlan",
     "ShardStream",
+    "ShardedModel",
     "SlowMo",
     "SlowMomentum",
     "StateError",
@@ -124,6 +130,7 @@ __all__ = [
     "mpi_threads_supported",
     "nccl_built",
     "pack",
+    "parallel_cross_entropy",
     "post_local",
     "qsr",
     "rank",
@@ -133,6 +140,7 @@ __all__ = [
     "rocm_built",
     "runtime_settings",
     "shard_dataset",
+    "shard_model",
     "shutdown",
     "size",
     "split",

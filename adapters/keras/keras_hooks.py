@@ -6,7 +6,7 @@ reduction inside. So the gradients are reduced before that check; where they are
 ranks agree on the outcome of the check.
 
 ``compile(jit_compile="auto")`` turns XLA on where there is a GPU. XLA has no kernels for Horovod, so for a
-model with a distributed optimizer "auto" means off.
+model with a distributed optimizer, or one whose layers are split, "auto" means off.
 """
 
 from __future__ import annotations
@@ -44,10 +44,13 @@ def _reduce_before_check(plain: Callable[..., Any]) -> Callable[..., Any]:
     def apply(self: Any, grads: Any, trainable_variables: Any = None) -> Any:
         inner = self.inner_optimizer
         reducer = reducer_of(inner)
+        grads = list(grads)
+        if reducer is not None and reducer.sharded is not None and any(g is not None for g in grads):
+            # One rank's part may be finite, and another's not.
+            grads = _agreed(grads, self.check_finite(grads), reducer.sharded.sum_of_copy)
         if reducer is None or not (reducer.exchanges or reducer.relaxed):
             return plain(self, grads, trainable_variables)
         variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
-        grads = list(grads)
         if len(grads) != len(variables):
             return plain(self, grads, trainable_variables)  # Keras says what is wrong
         reducer.prepare(self, grads, variables)
@@ -61,7 +64,10 @@ def _reduce_before_check(plain: Callable[..., Any]) -> Callable[..., Any]:
             reducer.after_step()  # the step counts, also where this rank alone leaves it out
             return result
         if reducer.accumulator.passes > 1 or inner.defers:
-            return plain(self, _agreed(grads, self.check_finite(grads), reducer), variables)
+            everywhere = functools.partial(
+                verbs.sum_over_ranks, process_set=reducer.plan.process_set, name=f"{reducer.plan.name}.finite"
+            )
+            return plain(self, _agreed(grads, self.check_finite(grads), everywhere), variables)
         grads = reducer.reduce(grads, variables)
         with reducer.already_reduced():
             return plain(self, grads, variables)
@@ -69,10 +75,9 @@ def _reduce_before_check(plain: Callable[..., Any]) -> Callable[..., Any]:
     return apply
 
 
-def _agreed(grads: list[Any], finite: Any, reducer: Any) -> list[Any]:
-    """``grads``, made not finite on every rank when they are so on one."""
-    bad = ops.cast(ops.logical_not(finite), "float32")
-    anywhere = verbs.sum_over_ranks(bad, reducer.plan.process_set, f"{reducer.plan.name}.finite")
+def _agreed(grads: list[Any], finite: Any, add: Callable[[Any], Any]) -> list[Any]:
+    """``grads``, made not finite on every rank when they are so on one; ``add`` is the sum over these ranks."""
+    anywhere = add(ops.cast(ops.logical_not(finite), "float32"))
     first = next(i for i, g in enumerate(grads) if g is not None)
     poison = ops.where(anywhere > 0, float("nan"), 0.0)
     dense = verbs.as_dense(grads[first])
@@ -85,6 +90,8 @@ def _auto_means_off(plain: Callable[[Any], bool]) -> Callable[[Any], bool]:
         optimizer = getattr(self, "optimizer", None)
         inner = getattr(optimizer, "inner_optimizer", None)
         if reducer_of(optimizer) is not None or reducer_of(inner) is not None:
+            return False
+        if getattr(self, "_hvdscale_sharded", False):
             return False
         return plain(self)
 

@@ -20,14 +20,20 @@ from hvdscale.tensorflow.messages import exchanges
 from hvdscale.tensorflow.metrics import open_writer, write_metrics
 from hvdscale.tensorflow.runtime import control, neighbours, world
 from hvdscale.tensorflow.sync import op_name
+from hvdscale.tensorflow.teams import data_ranks, team_along, tensor_team
+from hvdscale.tensorflow.tensor_parallel import enter, exchanged, in_turn, join, leave, part_of, sum_over
 
 __all__ = [
+    "after_check",
     "apart_from_compilers",
     "as_dense",
     "broadcast_bytes",
     "compiled_by_xla",
     "control",
+    "data_ranks",
     "eager",
+    "enter",
+    "exchanged",
     "exchanges",
     "gather_rows",
     "gather_slices_of",
@@ -35,20 +41,29 @@ __all__ = [
     "hvd",
     "in_kind",
     "initialised",
+    "join",
     "kind_of",
+    "leave",
     "neighbours",
     "only_if",
     "op_name",
     "open_channel",
     "open_post",
     "open_writer",
+    "part_of",
     "reduce_gradients",
     "run_between_steps",
+    "same_random_state",
     "scaled",
     "send_slices",
     "slice_of_sum",
+    "sum_over",
     "sum_over_ranks",
+    "team_along",
     "tensor",
+    "tensor_team",
+    "track_parts",
+    "value_and_gradients",
     "world",
     "write_metrics",
 ]
@@ -208,3 +223,25 @@ def run_between_steps(local: Any) -> None:
         return tf.constant(0)
 
     tf.cond(meets, meet, lambda: tf.constant(0))
+
+
+def track_parts(layers: Sequence[Any]) -> None:
+    """Let the backend know that variables of these layers have other values, of another shape: it asks them itself."""
+
+
+def same_random_state(team: Any) -> None:
+    """Go on from the random state of the team's first rank: Keras draws from its own seeds alone."""
+
+
+def value_and_gradients(function: Callable[[], Any], variables: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """A number, and its gradients by ``variables``."""
+    with tf.GradientTape() as tape:
+        value = function()
+    return value, tape.gradient(value, [v.value for v in variables])
+
+
+def after_check(check: Callable[..., Any], result: Any, tensors: Sequence[Any]) -> Any:
+    """``result``, once ``check(arrays of tensors)`` has passed; in a graph, each time it runs."""
+    passed = in_turn(check, [tf.convert_to_tensor(t) for t in tensors if t is not None])
+    with tf.control_dependencies([passed]):
+        return tf.nest.map_structure(lambda t: t if t is None else tf.identity(t), result)

@@ -16,14 +16,20 @@ from hvdscale.torch.channel import open_channel, open_post
 from hvdscale.torch.gradients import HOROVOD_OPS, reduce_gradients
 from hvdscale.torch.metrics import open_writer, write_metrics
 from hvdscale.torch.runtime import control, neighbours, world
+from hvdscale.torch.teams import data_ranks, team_along, tensor_team
+from hvdscale.torch.tensor_parallel import enter, exchanged, join, leave, part_of, sum_over
 
 __all__ = [
+    "after_check",
     "apart_from_compilers",
     "as_dense",
     "broadcast_bytes",
     "compiled_by_xla",
     "control",
+    "data_ranks",
     "eager",
+    "enter",
+    "exchanged",
     "exchanges",
     "gather_rows",
     "gather_slices_of",
@@ -31,20 +37,29 @@ __all__ = [
     "hvd",
     "in_kind",
     "initialised",
+    "join",
     "kind_of",
+    "leave",
     "neighbours",
     "only_if",
     "op_name",
     "open_channel",
     "open_post",
     "open_writer",
+    "part_of",
     "reduce_gradients",
     "run_between_steps",
+    "same_random_state",
     "scaled",
     "send_slices",
     "slice_of_sum",
+    "sum_over",
     "sum_over_ranks",
+    "team_along",
     "tensor",
+    "tensor_team",
+    "track_parts",
+    "value_and_gradients",
     "world",
     "write_metrics",
 ]
@@ -180,3 +195,29 @@ def run_between_steps(local: Any) -> None:
     with torch.no_grad():
         if local.count():
             local.meet()
+
+
+def track_parts(layers: Sequence[Any]) -> None:
+    """Let the backend know that variables of these layers have other values, of another shape."""
+    for layer in layers:
+        layer._track_variables()
+
+
+def same_random_state(team: Any) -> None:
+    """Go on from the random state of the team's first rank."""
+    torch.set_rng_state(torch.from_numpy(team.first(torch.get_rng_state().numpy()).copy()))
+
+
+def value_and_gradients(function: Callable[[], Any], variables: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """A number, and its gradients by ``variables``."""
+    value = function()
+    gradients = torch.autograd.grad(value, [v.value for v in variables], allow_unused=True)
+    return value.detach(), list(gradients)
+
+
+def after_check(check: Callable[..., Any], result: Any, tensors: Sequence[Any]) -> Any:
+    """``result``, once ``check(arrays of tensors)`` has passed."""
+    check(
+        *(t.detach().cpu().numpy() if isinstance(t, torch.Tensor) else np.asarray(t) for t in tensors if t is not None)
+    )
+    return result

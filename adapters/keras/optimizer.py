@@ -17,6 +17,7 @@ from hvdscale.keras.keras_hooks import install_hooks, reducer_of
 from hvdscale.keras.placed_checks import check_placed
 from hvdscale.keras.plan import Distribution
 from hvdscale.keras.reducer import Reducer
+from hvdscale.keras.sharded import ShardedModel, check_optimizer, clip_gradients
 from hvdscale.sync.handle import Sync
 
 __all__ = ["DistributedOptimizer", "PartialDistributedOptimizer"]
@@ -80,7 +81,8 @@ def DistributedOptimizer(
             ``optimizer.sync.flush()`` on every rank the first one saves alone.
         model: its weights, and the optimizer's state, are copied from the first rank before the first step: now,
             or, if the first batch builds the model, when that has built it and before it is computed.
-            Seed generators are not: dropout differs from rank to rank.
+            Seed generators are not: dropout differs from rank to rank. A model sharded by ``shard_model`` shares its
+            gradients among the ranks that hold the same part of it; ``global_clipnorm`` is then the whole model's.
 
     Raises:
         PlanError: not a Keras optimizer, distributed already, or arguments that cannot be; in a later step, a gradient
@@ -93,6 +95,14 @@ def DistributedOptimizer(
         warnings.warn("num_groups is now called groups.", DeprecationWarning, stacklevel=2)
         groups = num_groups if groups is None else groups
     _check(optimizer)
+    sharded = model if isinstance(model, ShardedModel) else None
+    if sharded is not None:
+        check_optimizer(optimizer)
+        if process_set.process_set_id != global_process_set.process_set_id:
+            raise PlanError(
+                "A sharded model shares gradients among the ranks of its mesh's data axis. Leave process_set out."
+            )
+        process_set, model = sharded.data_ranks, sharded.model
     base: Any = type(optimizer)
     kind = base.__name__
     plan = Distribution.of(
@@ -110,9 +120,14 @@ def DistributedOptimizer(
     )
     if plan.update is not None:
         check_placed(plan.update, optimizer)
+    if sharded is not None and getattr(plan.agreement, "placed", False):
+        raise PlanError(
+            "EveryStep(update=...) and a sharded model do not go together in this version. Leave update out."
+        )
     _made += 1
     install_hooks()
     reducer = Reducer(plan, kind, model)
+    reducer.sharded = sharded
     # Past the setattr of Keras and TensorFlow: this is no state to track or save.
     object.__setattr__(optimizer, "_hvdscale", reducer)
     object.__setattr__(optimizer, "__class__", _distributed(base))
@@ -197,6 +212,7 @@ class _Distributed:
         variables = own if trainable_variables is None else list(trainable_variables)
         grads = list(grads)
         acts = reducer.exchanges or reducer.relaxed
+        reducer.clipped = [v for g, v in zip(grads, variables, strict=False) if g is not None]
         if len(grads) != len(variables) or (passes == 1 and not acts):
             return plain.apply(grads, trainable_variables)
         if not reducer.suspended:
@@ -262,6 +278,9 @@ class _Distributed:
             grads = self._hvdscale.reduce(grads, deferred)
         plain: Any = super()
         placed = self._hvdscale.placed
+        sharded, limit = self._hvdscale.sharded, self.global_clipnorm  # type: ignore[attr-defined]
+        if sharded is not None and limit is not None and limit > 0:
+            return clip_gradients(sharded, grads, self._hvdscale.clipped, limit)
         if placed is not None and self._clips_by_norm:
             return placed.clip(self, grads)
         clipped: list[Any] = plain._clip_gradients(grads)

@@ -34,6 +34,8 @@ class Reducer:
         self.local: set[int] = set()
         self.suspended = False  # a wrapper of our optimizer has reduced already
         self.deferred: list[Any] | None = None  # variables of gradients that Keras is still accumulating
+        self.sharded: Any = None  # the ShardedModel whose parts are trained
+        self.clipped: list[Any] = []  # variables of the gradients that are being applied
         self._model = model
         self._given_model = model  # whose running statistics meet in rounds
         self.placed: PlacedUpdate | None = None  # once the optimizer is built, where ranks update different elements

@@ -31,12 +31,16 @@ def _after_synchronize(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def wrapper(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         held = optimizer._hvdscale if isinstance(optimizer, DistributedMixin) and scaler.is_enabled() else None
-        if held is None or held.exchange is None:
+        if held is None or (held.exchange is None and held.sharded is None):
             return method(scaler, optimizer, *args, **kwargs)
-        held.exchange.before_scaler()
+        if held.exchange is not None:
+            held.exchange.before_scaler()
         steps = held.steps
         result = method(scaler, optimizer, *args, **kwargs)
-        if method.__name__ == "step" and held.steps == steps:
+        if held.sharded is not None and method.__name__ == "unscale_":
+            for found in scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
+                found.copy_(held.sharded.largest_of_copy(found))  # one rank's part may be finite, and another's not
+        if held.exchange is not None and method.__name__ == "step" and held.steps == steps:
             held.exchange.step_skipped()
         return result
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from horovod.torch import ProcessSet
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from hvdscale.errors import PlanError, StateError
 from hvdscale.model.layout import Layout
@@ -17,8 +18,9 @@ from hvdscale.model.mesh import Mesh
 from hvdscale.model.whole import gather_whole
 from hvdscale.torch.runtime import world
 from hvdscale.torch.teams import data_ranks, team_along
+from hvdscale.torch.tensor_parallel import exchanged
 
-__all__ = ["ShardedModel", "clip_grad_norm_"]
+__all__ = ["ShardedModel", "check_optimizer", "clip_grad_norm_"]
 
 # NumPy knows no bfloat16: what only moves goes as integers of the same width.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -99,9 +101,9 @@ class ShardedModel(ABC):
         return {name: tensor for name, tensor in joined.items() if tensor is not None}
 
     def _join(self, name: str, tensor: Tensor | None, root: int | None) -> Tensor | None:
-        dtype: torch.dtype = getattr(torch, self.layout[name].dtype)
+        dtype: torch.dtype = getattr(torch, self.layout[name].dtype) if tensor is None else tensor.dtype
         bits = _BITS[dtype.itemsize]
-        held = torch.empty(0, dtype=dtype) if tensor is None else tensor.detach().to("cpu", dtype).contiguous()
+        held = torch.empty(0, dtype=dtype) if tensor is None else tensor.detach().to("cpu").contiguous()
         whole = gather_whole(self.layout, name, held.view(-1).view(bits).numpy(), self._copy, self._rank, root)
         return None if whole is None else torch.from_numpy(whole).view(dtype).clone()
 
@@ -114,14 +116,65 @@ class ShardedModel(ABC):
         """
         self.layout.check_names(whole)
         for name, tensor in self._local.items():
-            source = whole[name].detach()
-            if tuple(source.shape) != self.layout[name].shape:
-                raise StateError(
-                    f"{name} has shape {list(self.layout[name].shape)} in the whole model; {list(source.shape)} came."
-                )
-            pieces = [source[at] for at in self.layout.slices(name, self._rank)]
-            split = self.layout[name].split
-            tensor.copy_(pieces[0] if split is None else torch.cat(pieces, split.axis))
+            tensor.copy_(self._cut(name, whole[name]))
+
+    def _cut(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's part of a whole parameter, or of what an optimizer keeps for it."""
+        placement = self.layout[name]
+        if tuple(whole.shape) != placement.shape:
+            raise StateError(f"{name} has shape {list(placement.shape)} in the whole model; {list(whole.shape)} came.")
+        pieces = [whole.detach()[at] for at in self.layout.slices(name, self._rank)]
+        return pieces[0] if placement.split is None else torch.cat(pieces, placement.split.axis)
+
+    @torch.no_grad()
+    def optimizer_state_dict(self, optimizer: Optimizer, root: int | None = None) -> dict[str, Any]:
+        """``optimizer.state_dict()`` as it would be over the whole model's parameters, in their order. Collective.
+
+        Args:
+            optimizer: over all of this rank's parameters, distributed or not.
+            root: the one rank that gets whole tensors; others get their state without tensors that are split.
+
+        Raises:
+            StateError: a model with stages, whose ranks hold different parameters.
+        """
+        names = self._positions(optimizer)
+        state = optimizer.state_dict()
+        whole: dict[int, dict[str, Any]] = {}
+        for number, held in state["state"].items():
+            name = names[number]
+            local = self.layout.local_shape(name, self._rank)
+            whole[number] = {
+                key: self._join(name, value, root) if _beside(value, local) else value for key, value in held.items()
+            }
+            whole[number] = {key: value for key, value in whole[number].items() if value is not None}
+        return {**state, "state": whole}
+
+    @torch.no_grad()
+    def load_optimizer_state_dict(self, optimizer: Optimizer, whole: Mapping[str, Any]) -> None:
+        """Take this rank's part of what ``optimizer_state_dict`` gave on any mesh, or one process's ``state_dict()``.
+
+        Raises:
+            StateError: a model with stages, or state of other shapes.
+        """
+        names = self._positions(optimizer)
+        state = {
+            number: {
+                key: self._cut(names[number], value) if _beside(value, self.layout[names[number]].shape) else value
+                for key, value in held.items()
+            }
+            for number, held in whole["state"].items()
+        }
+        optimizer.load_state_dict({**whole, "state": state})
+
+    def _positions(self, optimizer: Optimizer) -> list[str]:
+        """The whole model's names of the optimizer's parameters, by position."""
+        if self.mesh.pp > 1:
+            raise StateError(
+                f"The ranks of a mesh with pp={self.mesh.pp} hold different parameters, and their optimizers differ. "
+                "Save optimizer.state_dict() on each rank, and load it on the same mesh."
+            )
+        names = {id(p): name for name, p in self.named_parameters()}
+        return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
     def count(self) -> tuple[int, int]:
         """How many numbers the whole model's parameters are, and how many of them this rank holds; tied ones once."""
@@ -141,6 +194,15 @@ class ShardedModel(ABC):
             return torch.tensor(float(self._copy.largest(np.array(max(norms, default=0.0)))))
         total = self._copy.add(np.array(sum((n**norm_type for n in norms), 0.0)))
         return torch.tensor(float(total) ** (1.0 / norm_type))
+
+    def largest_of_copy(self, value: Tensor) -> Tensor:
+        """The largest over the ranks that hold one copy of the model, elementwise. Collective over them."""
+        return exchanged(value, self._copy.largest)
+
+
+def _beside(value: Any, shape: tuple[int, ...]) -> bool:
+    """Whether an optimizer keeps ``value`` beside a parameter of ``shape``, number for number."""
+    return isinstance(value, Tensor) and value.dim() > 0 and tuple(value.shape) == shape
 
 
 def clip_grad_norm_(
@@ -175,3 +237,20 @@ def clip_grad_norm_(
         if parameter.grad is not None:
             parameter.grad.mul_(scale)
     return total
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Raises PlanError where an optimizer looks at more of a parameter than one number at a time."""
+    looks = [c.__name__ for c in type(optimizer).__mro__ if c.__name__ in ("Adafactor", "LBFGS", "Muon")]
+    if looks:
+        raise PlanError(
+            f"{looks[0]} looks at whole parameters, and each rank holds parts. Use one that looks at each number for "
+            "itself: SGD, Adam, AdamW and others."
+        )
+    for parameter, state in optimizer.state.items():
+        for value in state.values() if isinstance(state, dict) else ():
+            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                raise PlanError(
+                    f"The optimizer holds state of shape {list(value.shape)} for a parameter of which this rank has "
+                    f"{list(parameter.shape)}. Make it after shard_model, from sharded.parameters()."
+                )

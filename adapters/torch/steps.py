@@ -108,6 +108,7 @@ class Attachment:
     model: nn.Module | None = None  # as the user gave it
     near: bool = False  # nobody asked for groups: where ranks share memory, all gradients may travel at once
     steps: int = 0  # of the optimizer, since it was wrapped
+    sharded: Any = None  # the ShardedModel whose parts are trained
 
 
 def before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -22,7 +22,7 @@ from hvdscale.torch.gradients import HOROVOD_OPS
 from hvdscale.torch.names import names_by_id, parameter_names
 from hvdscale.torch.placed_checks import check_placed, sparse_parameters
 from hvdscale.torch.runtime import world
-from hvdscale.torch.sharded import ShardedModel
+from hvdscale.torch.sharded import ShardedModel, check_optimizer
 from hvdscale.torch.steps import Terms
 
 __all__ = ["DistributedOptimizer"]
@@ -98,6 +98,7 @@ def DistributedOptimizer(
         )
     sharded = model if isinstance(model, ShardedModel) else None
     if sharded is not None:
+        check_optimizer(optimizer)
         process_set = _data_ranks(sharded, process_set)
         named_parameters = sharded.named_parameters() if named_parameters is None else named_parameters
     held = model.module if isinstance(model, ShardedModel) else model
@@ -135,8 +136,13 @@ def DistributedOptimizer(
         check_adasum(process_set)
     elif groups is None and not (isinstance(plan, EveryStep) and plan.placed):
         reduction = replace(reduction, groups=_groups_on_one_host(parameters))
+    if sharded is not None and isinstance(plan, EveryStep) and plan.placed:
+        raise PlanError(
+            f"EveryStep(update={plan.update!r}) and a sharded model do not go together in this version. Leave update out."
+        )
     terms = Terms(reduction, plan, compression, process_set)
     distribute(optimizer, terms, names, named, sparse_parameters(held), held, near=groups is None)
+    optimizer._hvdscale.sharded = sharded  # type: ignore[attr-defined]
     amp.watch_gradient_scalers()
     if model is not None and process_set.included():
         root = process_set.ranks[0]

@@ -8,8 +8,8 @@ from hvdscale.runtime.launch import read_launch
 __all__ = ["meshes"]
 
 
-def meshes(*axes: str) -> list[Mesh]:
-    """Every mesh over these axes that takes all ranks of this job, one that splits the model first."""
+def meshes(*axes: str, split: bool = False) -> list[Mesh]:
+    """Every mesh over these axes that takes all ranks of this job; ``split``: those that split the model, if any."""
     size = read_launch().size
     found = []
     for dp in range(1, size + 1):
@@ -17,6 +17,6 @@ def meshes(*axes: str) -> list[Mesh]:
             for tp in range(1, size + 1):
                 mesh = Mesh(dp, pp, tp)
                 used = {axis for axis in ("dp", "pp", "tp") if getattr(mesh, axis) > 1}
-                if mesh.size == size and used <= set(axes):
+                if mesh.size == size and used <= set(axes) and (not split or mesh.dp < max(size, 2)):
                     found.append(mesh)
     return found

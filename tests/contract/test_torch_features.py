@@ -122,18 +122,16 @@ def whole_gradients(sharded: hvd.ShardedModel) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("mesh", meshes("dp", "tp"), ids=str)
+@pytest.mark.parametrize("mesh", meshes("dp", "tp", split=True), ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_loss_and_every_gradient_are_those_of_one_process(driver: Any, name: str, mesh: hvd.Mesh) -> None:
     alone, sharded = make(name), hvd.shard_model(make(name), mesh, by="features", loss=loss_of)
     opt = hvd.DistributedOptimizer(torch.optim.SGD(sharded.parameters(), 0.1), model=sharded)
     x, y = batch(5, 4 * mesh.dp)
     rows = x.chunk(mesh.dp), y.chunk(mesh.dp)
-    if "dropout" in name and mesh.dp > 1:
-        pytest.skip("one process draws other masks for all rows at once")
-    torch.manual_seed(11)
     losses = []
     for part_x, part_y in zip(*rows, strict=True):
+        torch.manual_seed(11)  # as every data rank does
         loss = loss_of(alone(part_x), part_y)
         (loss / mesh.dp).backward()
         losses.append(loss.item())
@@ -191,14 +189,16 @@ def test_the_whole_state_moves_to_any_mesh_to_the_bit(driver: Any, dtype: torch.
             sharded.load_state_dict({**state, "norm.bias": torch.zeros(3)})
 
 
-@pytest.mark.parametrize("mesh", meshes("dp", "tp"), ids=str)
+@pytest.mark.parametrize("mesh", meshes("dp", "tp", split=True)[-1:], ids=str)
 def test_a_hundred_steps_track_one_process(driver: Any, mesh: hvd.Mesh) -> None:
     alone, sharded = make("tied"), hvd.shard_model(make("tied"), mesh, by="features", loss=loss_of)
     optimizers = [torch.optim.AdamW(m.parameters(), 3e-3, eps=1e-6) for m in (alone, sharded)]
     opt = hvd.DistributedOptimizer(optimizers[1], model=sharded)
+    losses = []
     for step in range(100):
         optimizers[0].zero_grad()
-        wanted = loss_of((outputs := alone((whole := batch(step, 4 * mesh.dp))[0])), whole[1])
+        x, y = batch(step, 4 * mesh.dp)
+        wanted = loss_of(alone(x), y)
         wanted.backward()
         nn.utils.clip_grad_norm_(alone.parameters(), 1.0)
         optimizers[0].step()
@@ -206,9 +206,24 @@ def test_a_hundred_steps_track_one_process(driver: Any, mesh: hvd.Mesh) -> None:
         loss = sharded.train_step(*share(mesh, step))
         hvd.clip_grad_norm_(sharded, 1.0)
         opt.step()
-        assert outputs.shape == (4 * mesh.dp, CONTEXT, VOCABULARY)
-        mean = hvd.allreduce(loss, name="loss").item()  # over tensor ranks, too: theirs are the same
-        assert mean == pytest.approx(wanted.item(), rel=1e-4), step
+        losses.append((loss.item(), wanted.item()))
+    found, expected = np.array(losses).T
+    everyone = driver.everyones(found).mean(0)  # over tensor ranks, too: theirs are the same
+    np.testing.assert_allclose(everyone, expected, rtol=1e-4)
+    moments = sharded.optimizer_state_dict(opt)
+    for number, held in optimizers[0].state_dict()["state"].items():
+        for key, value in held.items():
+            np.testing.assert_allclose(moments["state"][number][key], value, atol=1e-4, err_msg=f"{number} {key}")
+    twin = hvd.shard_model(make("tied"), hvd.Mesh(tp=hvd.size()), by="features")  # another mesh, and one process
+    for resumed in (torch.optim.AdamW(twin.parameters()), torch.optim.AdamW(make("tied").parameters())):
+        if resumed.param_groups[0]["params"][0].shape[0] < VOCABULARY:
+            twin.load_optimizer_state_dict(resumed, moments)
+            again = twin.optimizer_state_dict(resumed)
+        else:
+            resumed.load_state_dict(moments)
+            again = resumed.state_dict()
+        for number, held in moments["state"].items():
+            assert all(torch.equal(again["state"][number][key], value) for key, value in held.items())
     state = sharded.state_dict()
     for name, tensor in alone.state_dict().items():
         np.testing.assert_allclose(state[name], tensor, atol=1e-3, err_msg=name)
@@ -219,7 +234,7 @@ def test_a_hundred_steps_track_one_process(driver: Any, mesh: hvd.Mesh) -> None:
 
 
 @pytest.mark.parametrize("plan", ["LocalSGD(3)", "DiLoCo(3, warmup=2)"])
-@pytest.mark.parametrize("mesh", meshes("dp", "tp"), ids=str)
+@pytest.mark.parametrize("mesh", meshes("dp", "tp")[-2:], ids=str)
 def test_rounds_meet_along_the_data_axis(driver: Any, mesh: hvd.Mesh, plan: str) -> None:
     sharded = hvd.shard_model(make("written out"), mesh, by="features", loss=loss_of)
     sync = hvd.LocalSGD(3) if plan.startswith("Local") else hvd.DiLoCo(3, warmup=2)
@@ -246,6 +261,22 @@ def test_rounds_meet_along_the_data_axis(driver: Any, mesh: hvd.Mesh, plan: str)
     flat = torch.cat([t.flatten() for t in state.values()]).reshape(1, -1)
     everyone = hvd.allgather(flat, name="everyone")
     assert (everyone == everyone[0]).all()
+
+
+def test_a_scaler_skips_the_same_steps_on_all_ranks(driver: Any, size: int, rank: int) -> None:
+    sharded = hvd.shard_model(make("written out"), hvd.Mesh(tp=size), by="features", loss=loss_of)
+    opt = hvd.DistributedOptimizer(torch.optim.SGD(sharded.parameters(), 0.1), model=sharded)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for bad in (True, False):
+        before = sharded.module.blocks[0].qkv.weight.detach().clone()
+        opt.zero_grad()
+        scaler.scale(loss_of(sharded(batch(0)[0]), batch(0)[1])).backward()
+        if bad and rank == size - 1:
+            sharded.module.blocks[0].qkv.weight.grad[0, 0] = float("inf")
+        scaler.step(opt)
+        scaler.update()
+        assert torch.equal(before, sharded.module.blocks[0].qkv.weight) == bad
+    assert scaler.get_scale() == 2.0
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -375,7 +406,7 @@ def test_rules_by_hand_do_what_auto_does(driver: Any, size: int) -> None:
 
 
 REFUSED = [
-    ({"by": "rows"}, "by is 'features'"),
+    ({"by": "rows"}, "it is 'rows'"),
     ({"mesh": "tp=2"}, "mesh is a Mesh, such as"),
     ({"mesh": hvd.Mesh(tp=64)}, r"dp \* pp \* tp must be the number of ranks: 1 \* 1 \* 64 = 64"),
     (
@@ -425,3 +456,12 @@ def test_more_is_refused_where_there_are_ranks(driver: Any, size: int, rank: int
         hvd.DistributedOptimizer(
             torch.optim.SGD(sharded.parameters(), 0.1), model=sharded, process_set=driver.even_ranks
         )
+    with pytest.raises(hvd.PlanError, match="LBFGS looks at whole parameters"):
+        hvd.DistributedOptimizer(torch.optim.LBFGS(sharded.parameters()), model=sharded)
+    model = make("written out")
+    early = torch.optim.Adam(model.parameters())
+    loss_of(model(batch(0)[0]), batch(0)[1]).backward()
+    early.step()
+    sharded = hvd.shard_model(model, mesh, by="features")
+    with pytest.raises(hvd.PlanError, match="Make it after shard_model"):
+        hvd.DistributedOptimizer(early, model=sharded)

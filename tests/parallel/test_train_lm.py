@@ -79,7 +79,8 @@ def test_the_same_seed_gives_the_same_losses() -> None:
 @pytest.mark.parametrize(
     ("script", "backend", "launcher", "flags"),
     [
-        ("train_lm", "tensorflow", "horovodrun", ()),
+        ("train_lm", "tensorflow", "horovodrun", ("--tp", "2")),
+        ("torch_lm", "torch", "mpirun", ("--tp", "2")),
         (
             *("train_lm", "torch", "mpirun"),
             ("--tokenizer", "bpe", "--vocabulary", "600", "--sync", "local-sgd", "--every", "5", "--wire", "int8"),
@@ -93,7 +94,13 @@ def test_the_same_seed_gives_the_same_losses() -> None:
             ("--shard", "ordered", "--sync", "slowmo", "--every", "post-local:10,5", "--sync-warmup", "5"),
         ),
     ],
-    ids=["keras on tensorflow", "keras on torch, bpe, local SGD", "torch, DiLoCo", "tensorflow, SlowMo"],
+    ids=[
+        "keras on tensorflow, tp",
+        "torch, tp",
+        "keras on torch, bpe, local SGD",
+        "torch, DiLoCo",
+        "tensorflow, SlowMo",
+    ],
 )
 def test_learns_and_reports(script: str, backend: str, launcher: str, flags: tuple[str, ...], tmp_path: Path) -> None:
     plot, logs, record = tmp_path / "loss.png", tmp_path / "logs", tmp_path / "losses.json"
@@ -150,8 +157,19 @@ def assert_rounds_are_shown(rounds: bool, output: str, logs: Path, folder: Path)
         (b"words and\n\n" * 20000, ("--tokenizer", "words"), "'bytes' or 'bpe'; it is 'words'"),
         (b"words and\n\n" * 20000, ("--heads", "5"), "--width must be a multiple of --heads"),
         (b"words and\n\n" * 20000, ("--sync", "diloco", "--overlap", "40"), "overlap is 40 and every is 32"),
+        (b"words and\n\n" * 20000, ("--tp", "3"), "divide the number of ranks; it is 3 of 2 ranks"),
     ],
-    ids=["missing", "empty", "binary", "too few documents", "batch too large", "unknown tokenizer", "heads", "plan"],
+    ids=[
+        "missing",
+        "empty",
+        "binary",
+        "too few documents",
+        "batch too large",
+        "unknown tokenizer",
+        "heads",
+        "plan",
+        "tp",
+    ],
 )
 def test_wrong_input_ends_the_job_with_one_line(
     content: bytes | None, flags: tuple[str, ...], message: str, tmp_path: Path

@@ -1,0 +1,178 @@
+"""A Keras model of which each rank holds a part: what every kind of sharding has in common."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from hvdscale.errors import PlanError
+from hvdscale.keras.backend import verbs
+from hvdscale.model.layout import Layout
+from hvdscale.model.mesh import Mesh
+from hvdscale.model.whole import gather_whole
+
+__all__ = ["ShardedModel", "check_optimizer", "clip_gradients", "renumbered", "unique_names"]
+
+_COUNTER = re.compile(r"_\d+$")
+
+
+class ShardedModel(ABC):
+    """A model spread over ``mesh``. Names, and the whole state, are those of the model nobody has sharded.
+
+    Attributes:
+        mesh: the ranks as a grid.
+        layout: where each variable of the whole model lies; names are the variables' paths.
+        model: what this rank holds.
+        data_ranks: the process set of the ranks that hold the same part as this one, on other data.
+    """
+
+    def __init__(self, mesh: Mesh, layout: Layout, model: Any, local: Mapping[str, Any]) -> None:
+        """``local``: this rank's variables by their names in the whole model. Collective over all ranks."""
+        self.mesh = mesh
+        self.layout = layout
+        self.model = model
+        self.data_ranks = verbs.data_ranks(mesh)
+        self._local = dict(local)
+        self._names = {id(variable): name for name, variable in self._local.items()}
+        self._copy = verbs.team_along(mesh, "pp", "tp")  # the ranks that hold one whole model
+        self._rank = verbs.world().rank
+
+    @abstractmethod
+    def train_step(self, x: Any, y: Any) -> tuple[Any, list[Any]]:
+        """The loss on one batch and the gradients of ``trainable_variables``; nothing is updated."""
+
+    @abstractmethod
+    def eval_step(self, x: Any, y: Any) -> Any:
+        """The loss on one batch, on every rank."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """A table of what lies where."""
+
+    @property
+    def trainable_variables(self) -> list[Any]:
+        """This rank's: what its optimizer takes."""
+        return list(self.model.trainable_variables)
+
+    def speaks(self, variable: Any) -> bool:
+        """Whether this rank's part of a variable counts where the whole model's are added up."""
+        name = self._names.get(id(variable))
+        return name is not None and self.layout.speaks(name, self._rank)
+
+    def state_dict(self, root: int | None = None) -> dict[str, np.ndarray]:
+        """The whole model's variables by path, as they were before it was sharded, bit-equal. Collective.
+
+        A model in one process takes them by ``model.set_weights([state[v.path] for v in model.weights])``.
+
+        Args:
+            root: the one rank that gets it, where not every rank has room for it; others get ``{}``.
+
+        Raises:
+            PlanError: no such rank.
+        """
+        if root is not None:
+            self.mesh.coordinates(root)
+        whole = {}
+        with verbs.eager():
+            for name in self.layout.names:
+                variable = self._local.get(name)
+                dtype = np.dtype(keras.backend.standardize_dtype(self.layout[name].dtype))
+                own = (
+                    np.empty(0, dtype) if variable is None else np.asarray(ops.convert_to_numpy(variable)).astype(dtype)
+                )
+                joined = gather_whole(self.layout, name, own, self._copy, self._rank, root)
+                if joined is not None:
+                    whole[name] = np.array(joined)
+        return whole
+
+    def load_state_dict(self, whole: Mapping[str, Any]) -> None:
+        """Take this rank's part of the whole model, in place. Nothing is sent: every rank reads the same state.
+
+        Paths may differ in the counters that Keras puts behind the names of layers.
+
+        Raises:
+            StateError: other names or shapes than the whole model's.
+        """
+        names = self.layout.names
+        if set(whole) != set(names) and sorted(renumbered(whole)) == sorted(renumbered(names)):
+            theirs = dict(zip(renumbered(whole), whole.values(), strict=True))
+            whole = {name: theirs[plain] for name, plain in zip(names, renumbered(names), strict=True)}
+        self.layout.check_names(whole)
+        with verbs.eager():
+            for name, variable in self._local.items():
+                variable.assign(self.layout.cut(name, np.asarray(whole[name]), self._rank))
+
+    def count(self) -> tuple[int, int]:
+        """How many numbers the whole model's trainable variables are, and how many of them this rank holds."""
+        names = [self._names[id(v)] for v in self.trainable_variables]
+        whole = sum(int(np.prod(self.layout[name].shape)) for name in names)
+        return whole, sum(int(np.prod(v.shape)) for v in self.trainable_variables)
+
+    def global_norm(self, gradients: Sequence[Any], variables: Sequence[Any]) -> Any:
+        """The norm of the gradients of the whole model, a float32 tensor; what several ranks hold counts once."""
+        total = ops.zeros((), "float32")
+        for gradient, variable in zip(gradients, variables, strict=True):
+            if gradient is not None and self.speaks(variable):
+                total = total + ops.sum(ops.square(ops.cast(verbs.as_dense(gradient), "float32")))
+        return ops.sqrt(self.sum_of_copy(total))
+
+    def sum_of_copy(self, value: Any) -> Any:
+        """The sum of a float tensor over the ranks that hold one copy of the model. Collective over them."""
+        return verbs.sum_over(value, self._copy) if self._copy.size > 1 else value
+
+
+def clip_gradients(model: ShardedModel, gradients: Sequence[Any], variables: Sequence[Any], limit: float) -> list[Any]:
+    """Gradients scaled down so that their norm over the whole model is at most ``limit``. Collective over one copy."""
+    norm = model.global_norm(gradients, variables)
+    scale = ops.where(norm > limit, limit / norm, 1.0)
+    return [None if g is None else verbs.as_dense(g) * ops.cast(scale, g.dtype) for g in gradients]
+
+
+def unique_names(variables: Sequence[Any]) -> list[str]:
+    """The variables' paths; one that comes again has ``#`` behind it."""
+    names: list[str] = []
+    taken: set[str] = set()
+    for variable in variables:
+        name = variable.path
+        while name in taken:
+            name += "#"
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def renumbered(paths: Mapping[str, Any] | Sequence[str]) -> list[str]:
+    """``paths`` with the counters of Keras beginning anew: ``dense_7``, ``dense_9`` become ``dense``, ``dense_1``."""
+    known: dict[tuple[str, ...], dict[str, int]] = {}
+    result = []
+    for path in paths:
+        plain: list[str] = []
+        for part in path.split("/"):
+            stem = _COUNTER.sub("", part)
+            numbers = known.setdefault((*plain, stem), {})
+            number = numbers.setdefault(part, len(numbers))
+            plain.append(f"{stem}_{number}" if number else stem)
+        result.append("/".join(plain))
+    return result
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raises PlanError where an optimizer looks at more of a variable than one number at a time."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    looks = [name for name in ("Adafactor", "Lamb", "Muon") if any(name == c.__name__ for c in type(inner).__mro__)]
+    if looks:
+        raise PlanError(
+            f"{looks[0]} looks at whole variables, and each rank holds parts. Use one that looks at each number for "
+            "itself: SGD, Adam, AdamW, Lion and others."
+        )
+    if inner.clipnorm is not None:
+        raise PlanError(
+            f"clipnorm={inner.clipnorm} looks at whole variables, and each rank holds parts. Use global_clipnorm, "
+            "which is the whole model's here, or clipvalue."
+        )
