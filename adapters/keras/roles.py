@@ -244,7 +244,8 @@ def _known(every: Mapping[str, Any], candidates: Mapping[str, Any], followers: _
                 break
     tables = {name: layer for name, layer in candidates.items() if type(layer) is layers.Embedding}
     for name, layer in dense.items():
-        matching = [table for table, embedding in tables.items() if embedding.input_dim == layer.units]
+        shape = (layer.units, layer.kernel.shape[0])
+        matching = [table for table, e in tables.items() if (e.input_dim, e.output_dim) == shape]
         if matching and name not in taken:
             yield name, "column"
             yield matching[0], "vocab"

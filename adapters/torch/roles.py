@@ -165,6 +165,7 @@ def _known(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[tuple[str
     for name, layer in layers.items():
         if isinstance(layer, nn.MultiheadAttention) and layer.bias_k is None and not layer.add_zero_attn:
             yield name, Part("attention", Split(0))
+    taken: set[str] = set()
     for name, module in model.named_modules():
         if type(module) is nn.MultiheadAttention:
             continue
@@ -175,15 +176,15 @@ def _known(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[tuple[str
         found |= {c: part for c, part in _by_name(children) if c not in found}
         for child, part in found.items():
             heads = (name, part.heads[1]) if part.heads else None
+            taken.add(_child(name, child))
             yield _child(name, child), Part(part.role, part.split, part.whole_output, heads)
-    classes = {layer.num_embeddings for layer in layers.values() if isinstance(layer, nn.Embedding)}
-    heads_out = {name: layer for name, layer in linear.items() if layer.out_features in classes}
-    for name in heads_out:
-        yield name, Part("column", Split(0))
-    sizes = {layer.out_features for layer in heads_out.values()}
-    for name, layer in layers.items():
-        if isinstance(layer, nn.Embedding) and layer.num_embeddings in sizes:
-            yield name, Part("vocab", Split(0))
+    tables = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Embedding)}
+    for name, layer in linear.items():
+        shape = (layer.out_features, layer.in_features)
+        matching = [n for n, table in tables.items() if (table.num_embeddings, table.embedding_dim) == shape]
+        if matching and name not in taken:
+            yield name, Part("column", Split(0))
+            yield matching[0], Part("vocab", Split(0))  # others of the same size may be places: left whole
 
 
 def _attention(module: nn.Module, children: dict[str, nn.Linear]) -> Iterator[tuple[str, Part]]:

@@ -382,6 +382,16 @@ def test_bfloat16_stays_near(driver: Any, size: int) -> None:
         np.testing.assert_allclose(gradients[name].float(), p.grad.float(), atol=0.05 * scale + 1e-3, err_msg=name)
 
 
+def test_auto_knows_the_vocabulary_from_all_else_of_its_size(driver: Any, size: int) -> None:
+    model = Model(Block(), Block())
+    model.places = nn.Embedding(WIDTH, WIDTH)  # as many places as features; and as many as the vocabulary:
+    model.more = nn.Embedding(VOCABULARY, WIDTH)
+    layout = hvd.shard_model(model, hvd.Mesh(tp=size), by="features").layout
+    split = {name for name in layout.names if layout[name].split is not None}
+    assert {"tokens.weight", "head.weight", "blocks.1.out.weight", "blocks.1.mlp.3.weight"} <= split
+    assert not split & {"places.weight", "more.weight", "blocks.1.out.bias", "blocks.1.mlp.3.bias"}
+
+
 def test_rules_by_hand_do_what_auto_does(driver: Any, size: int) -> None:
     rules = {
         "blocks.*.qkv": "heads",
