@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import xxhash
 from keras import layers, ops, tree
+from keras.src.backend.common import global_state
 
 from hvdscale.errors import DesyncError, PlanError
 from hvdscale.keras.backend import verbs
@@ -156,15 +157,22 @@ def _take_parts(weights: list[Any], cuts: Mapping[int, Split], team: Team, every
     """
     with verbs.eager():
         for variable in weights:
-            if variable._value is None:
-                variable._initialize_with_initializer(variable._initializer)
-                variable._initializer = None
+            _give_value(variable)
             whole = np.ascontiguousarray(ops.convert_to_numpy(variable))
             first = everyone.first(whole.reshape(-1).view(np.uint8)).view(whole.dtype).reshape(whole.shape)
             if id(variable) in cuts:
                 keep_part(variable, first, cuts[id(variable)], team)
             else:
                 variable.assign(first)
+
+
+def _give_value(variable: Any) -> None:
+    """A variable that has none gets its value, and Keras does not wait to give it one any more."""
+    if variable._value is None:
+        variable._initialize_with_initializer(variable._initializer)
+        variable._initializer = None
+        waiting = global_state.get_global_attribute("uninitialized_variables", [])
+        global_state.set_global_attribute("uninitialized_variables", [v for v in waiting if v is not variable])
 
 
 def _same_seeds(every: Mapping[str, Any], copy: Team) -> None:

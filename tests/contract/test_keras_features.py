@@ -219,6 +219,10 @@ def test_weights_that_no_rank_has_whole(driver: Any, size: int) -> None:
         model = functional()
     assert all(v._value is None for v in model.weights)
     sharded = hvd.shard_model(model, hvd.Mesh(tp=size), by="features")
+    with keras.StatelessScope():
+        later = layers.Dense(2)
+        later.build((None, 3))  # Keras gives values to what waits for them, and to nothing else
+    assert later.kernel._value is not None
     x, _ = batch(0)
     plain = functional()
     plain.set_weights(list(sharded.state_dict().values()))
