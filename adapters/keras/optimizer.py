@@ -121,9 +121,7 @@ def DistributedOptimizer(
     if plan.update is not None:
         check_placed(plan.update, optimizer)
     if sharded is not None and getattr(plan.agreement, "placed", False):
-        raise PlanError(
-            "EveryStep(update=...) and a sharded model do not go together in this version. Leave update out."
-        )
+        raise PlanError("EveryStep(update=...) and a sharded model do not go together yet. Leave update out.")
     _made += 1
     install_hooks()
     reducer = Reducer(plan, kind, model)

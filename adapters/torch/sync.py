@@ -138,7 +138,7 @@ def DistributedOptimizer(
         reduction = replace(reduction, groups=_groups_on_one_host(parameters))
     if sharded is not None and isinstance(plan, EveryStep) and plan.placed:
         raise PlanError(
-            f"EveryStep(update={plan.update!r}) and a sharded model do not go together in this version. Leave update out."
+            f"EveryStep(update={plan.update!r}) and a sharded model do not go together yet. Leave update out."
         )
     terms = Terms(reduction, plan, compression, process_set)
     distribute(optimizer, terms, names, named, sparse_parameters(held), held, near=groups is None)
