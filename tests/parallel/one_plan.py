@@ -22,7 +22,8 @@ import numpy as np
 from hvdscale.data import BalancedPlan, ShardPlan
 
 N = 211
-SHARDS = 6
+SHARDS = 3
+KINDS = (("ordered", "exact"), ("random", "exact"), ("hash", "exact"), ("random", "pad"), ("hash", "drop"))
 RUN = ShardPlan(N, 2, "random", seed=9)
 
 Read = tuple[int, list[int]]  # the epoch of a batch, and the sample numbers in it
@@ -33,11 +34,10 @@ def plans() -> dict[str, ShardPlan | BalancedPlan]:
     keys = [f"document {i % 50}" for i in range(N)]
     found: dict[str, ShardPlan | BalancedPlan] = {
         f"{policy} {tail}": ShardPlan(N, SHARDS, policy, seed=4, tail=tail, keys=keys if policy == "hash" else None)  # type: ignore[arg-type]
-        for policy in ("ordered", "random", "hash")
-        for tail in ("exact", "pad", "drop")
+        for policy, tail in KINDS
     }
     found["weights"] = ShardPlan(N, SHARDS, weights=range(1, SHARDS + 1))
-    found["resized"] = ShardPlan(N, 9, seed=4).resize(SHARDS)[0]
+    found["resized"] = ShardPlan(N, 5, seed=4).resize(SHARDS)[0]
     found["balanced"] = BalancedPlan(ShardPlan(N, SHARDS, seed=4), np.arange(N) % 70 + 1)
     return found
 

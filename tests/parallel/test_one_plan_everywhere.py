@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hvdscale.data import BalancedPlan, ShardPlan
+from hvdscale.data import ShardPlan
 from tests.launcher import launch
 from tests.parallel.one_plan import SHARDS, N, plans
 
 # way, ranks, batches that rank r of the run reads, over (r + 1)
-RELAY = [("torch", 2, 11), ("bare", 3, 4), ("tensorflow", 1, 9), ("keras", 2, 8)]
+RELAY = [("torch", 2, 11), ("bare", 3, 4), ("tensorflow", 2, 5), ("keras", 1, 9)]
 WAYS = [way for way, _, _ in RELAY]
 
 
@@ -39,7 +39,6 @@ def test_every_way_reads_the_same_bytes(folder: Path, name: str) -> None:
         if isinstance(plan, ShardPlan) and plan.tail == "exact":
             assert read["torch"] == np.concatenate([plan.indices(shard, epoch) for epoch in (0, 1)]).tobytes()
         assert len(read["torch"]) > 0
-        assert isinstance(plan, ShardPlan | BalancedPlan)
 
 
 def test_a_run_that_each_framework_takes_over_reads_every_sample_once(folder: Path) -> None:
