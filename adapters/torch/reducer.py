@@ -191,16 +191,25 @@ class Reducer(StepsOnParameters):
         if not self._finished:
             if not self._left:
                 self._open()
-            self._ask()
-            sent = {position for bucket, _ in self._flights for position in bucket}
-            missing = [position for position in self._trainable() if position not in sent]
-            planned = [[p for p in bucket if p in set(missing)] for bucket in self._buckets]
-            planned = [bucket for bucket in planned if bucket]
-            loose = sorted(set(missing).difference(*planned)) if planned else missing
-            for bucket in [*planned, *([p] for p in loose)]:
-                self._launch(bucket)
-            self._wait()
+            self._send_rest()
         self._finished = "synchronize"
+
+    def _send_rest(self) -> None:
+        """Reduce what is not under way yet, and wait for all. Every rank sends the same, in the same order."""
+        sent = {position for bucket, _ in self._flights for position in bucket}
+        missing = {position for position in self._trainable() if position not in sent}
+        planned = [[p for p in bucket if p in missing] for bucket in self._buckets]
+        loose = sorted(missing.difference(*planned))  # unfrozen in the middle of the round
+        self._asks = self._asks or not self._unknown.isdisjoint(loose)
+        self._ask()
+        for bucket in planned:
+            if bucket:
+                self._launch(bucket)
+        if loose:
+            if self._neighbours is not None:
+                self._wait()  # shared memory takes one list at a time
+            self._launch(loose)
+        self._wait()
 
     def _trainable(self) -> list[int]:
         """Positions of parameters that want gradients now; those unfrozen since get their hook."""
@@ -265,7 +274,7 @@ class Reducer(StepsOnParameters):
         if self._finished or not self._left:
             self._open()
         left = self._left.get(position)
-        if left is None:  # unfrozen in the middle of a round: synchronize() will find it
+        if left is None:  # unfrozen in the middle of a round: goes with what is left at its end
             return
         if left == 0:
             raise AssertionError(_TOO_MANY_PASSES.format(passes=self.passes, name=self._names[position]))
@@ -286,11 +295,7 @@ class Reducer(StepsOnParameters):
         if self._finished:
             return
         if not any(self._waiting):
-            if self._asks:
-                self._ask()
-                for bucket in self._buckets:
-                    self._launch(bucket)
-            self._wait()
+            self._send_rest()
             self._finished = "backward"
         elif not self._warned:
             self._warned = True

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvdscale.errors import DesyncError
+from hvdscale.errors import DesyncError, TransportError
 from hvdscale.runtime.shared_memory import shared_rows
 from hvdscale.runtime.transport import MPITransport
 
@@ -49,7 +49,7 @@ class Neighbours:
     def __init__(self, transport: Any, rows: npt.NDArray[np.uint8]) -> None:
         self._transport = transport
         self._rows = rows
-        self._turn = 0
+        self._started = 0
         self._waits: Callable[[], Any] | None = None
         self._views: tuple[Any, ...] = ()
         self._layout: tuple[Any, ...] | None = None
@@ -67,12 +67,12 @@ class Neighbours:
 
         Raises:
             DesyncError: when waited for, and ranks started different lists.
-            TransportError: when waited for, and a rank has left the job.
+            TransportError: when waited for, and a rank has left the job, or the next list was started before.
         """
         if self._waits is not None:  # begun and thrown away; peers may still read what came before it
             self._waits()
-        self._turn = 1 - self._turn
-        rows = self._laid_out(arrays)[self._turn]
+        self._started = number = self._started + 1
+        rows = self._laid_out(arrays)[number % 2]
         for array, place in zip(arrays, rows[self._transport.rank], strict=True):
             if before == 1.0:
                 np.copyto(place, array)
@@ -81,6 +81,11 @@ class Neighbours:
         self._waits = heard = self._transport.start_numbers(self._word)
 
         def finish(sums: Sequence[Array]) -> None:
+            if number != self._started:
+                raise TransportError(
+                    f"List {number} of gradients in shared memory is waited for after list {self._started} was "
+                    "started, which may be written over it. Finish each before the next."
+                )
             self._waits = None
             self._compare(heard())
             for i, total in enumerate(sums):

@@ -222,6 +222,25 @@ def test_parameters_frozen_and_unfrozen_on_the_way(driver: ContractDriver, hvd: 
     assert_same_everywhere(driver, model.parameters())
 
 
+@pytest.mark.parametrize("groups", [None, 2], ids=["shared memory", "messages"])
+def test_parameters_unfrozen_between_two_passes_are_reduced_in_that_round(
+    driver: ContractDriver, hvd: Any, rank: int, size: int, groups: int | None
+) -> None:
+    model = nn.ModuleList([nn.Linear(3, 1) for _ in range(4)])
+    model[1:].requires_grad_(False)
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), backward_passes_per_step=2, groups=groups
+    )
+    for _ in range(2):
+        sum(layer(torch.full((1, 3), rank + 1.0)) for layer in model).sum().backward()
+        model[1:].requires_grad_(True)
+    for layer, passes in zip(model, (2, 1, 1, 1), strict=True):
+        torch.testing.assert_close(layer.weight.grad, torch.full((1, 3), passes * (size + 1) / 2))
+        torch.testing.assert_close(layer.bias.grad, torch.full((1,), float(passes)))
+    optimizer.step()
+    assert_same_everywhere(driver, model.parameters())
+
+
 def test_a_parameter_only_some_ranks_use(driver: ContractDriver, hvd: Any, rank: int, size: int) -> None:
     model = nn.ModuleDict({"always": nn.Linear(2, 1), "sometimes": nn.Linear(2, 1)})
     for p in model.parameters():

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvdscale.errors import DesyncError
+from hvdscale.errors import DesyncError, TransportError
 from hvdscale.runtime.neighbours import Neighbours, packed_bytes
 from hvdscale.runtime.shared_memory import shared_rows
 from hvdscale.runtime.transport import Transport, run_loopback
@@ -122,6 +122,20 @@ def test_sums_may_overwrite_and_what_was_begun_may_be_thrown_away() -> None:
 
     for values in run(2, 4096, train):
         np.testing.assert_array_equal(values, np.full(4, 3.0))
+
+
+def test_a_list_that_others_were_begun_over_is_refused() -> None:
+    def train(neighbours: Neighbours, rank: int) -> np.ndarray:
+        finishes = [neighbours.start([np.full(4, value)]) for value in (1.0, 10.0, 100.0)]
+        values = np.zeros(4)
+        for finish in finishes[:2]:
+            with pytest.raises(TransportError, match="after list 3 was started"):
+                finish([values])
+        finishes[2]([values])
+        return values
+
+    for values in run(2, 4096, train):
+        np.testing.assert_array_equal(values, np.full(4, 200.0))
 
 
 @pytest.mark.parametrize(
