@@ -47,7 +47,6 @@ class TCPPost:
         self.sent_bytes = 0
         self._box = Mailbox()
         self._outgoing: dict[int, queue.SimpleQueue[tuple[bytes, Bytes, Handover] | None]] = {}
-        self._lost: dict[int, str] = {}
         for position, connection in _connect(transport).items():
             self._outgoing[position] = queue.SimpleQueue()
             for work in (self._read, self._write):
@@ -88,6 +87,8 @@ class TCPPost:
 
     def _read(self, position: int, connection: socket.socket) -> None:
         header = memoryview(bytearray(_HEADER.size))
+        left = left_message(self.ranks[position], self.ranks[self.rank])
+        ticket = None  # taken out of the mailbox, which does not know it any more
         try:
             while _fill(connection, header):
                 tag, length = _HEADER.unpack(header)
@@ -96,8 +97,6 @@ class TCPPost:
                 data = ticket.out if ticket is not None and in_place else np.empty(length, np.uint8)
                 assert data is not None
                 if length and not _fill(connection, data.data):
-                    if ticket is not None:
-                        ticket.finish(left_message(self.ranks[position], self.ranks[self.rank]))
                     break
                 if ticket is None:
                     self._box.deliver(position, tag, data)
@@ -105,9 +104,12 @@ class TCPPost:
                     ticket.finish()
                 else:
                     ticket.fill(data)  # of another length: says so
+                ticket = None
         except OSError:
             pass  # a connection that breaks is a peer that left
-        self._box.lose(position, left_message(self.ranks[position], self.ranks[self.rank]))
+        if ticket is not None:
+            ticket.finish(left)
+        self._box.lose(position, left)
 
 
 def _fill(connection: socket.socket, buffer: memoryview) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ class _Figures:
     Args:
         rounds: pushes it made.
         seconds: its training spent on them, waiting and copying.
+        bytes_sent, server_cpu_seconds: before its service of now: by the run that it resumes, or the store before.
         not_finite: pushes it withheld because its weights were not finite.
         lead_max: the most pushes it was ahead of the slowest when it went on.
         stale: how many of its pushes met so many pushes of others since its last pull.
@@ -41,6 +42,8 @@ class _Figures:
 
     rounds: int = 0
     seconds: float = 0.0
+    bytes_sent: int = 0
+    server_cpu_seconds: float = 0.0
     not_finite: int = 0
     lead_max: int = 0
     stale: dict[int, int] = field(default_factory=dict)
@@ -80,6 +83,7 @@ class Asynchronous:
         self._begun = False
         self._fresh = True  # nothing was pushed since everyone flushed
         self._end = weakref.finalize(self, self._service.close)
+        self._end.atexit = False  # then the service's own handler parts, which may have to go on serving first
 
     # Steps ----------------------------------------------------------------------------------------------------
 
@@ -166,15 +170,15 @@ class Asynchronous:
 
     def figures(self) -> dict[str, float]:
         """The figures by name; ``stale_k`` counts the pushes that met ``k`` of others."""
-        figures = self._figures
+        figures = self._counted()
         stale = dict(sorted(figures.stale.items()))
         count = sum(stale.values())
         return {
             "rounds": figures.rounds,
             "steps": self.step,
             "seconds": figures.seconds,
-            "bytes_sent": self._service.sent_bytes,
-            "server_cpu_seconds": self._service.cpu_seconds,
+            "bytes_sent": figures.bytes_sent,
+            "server_cpu_seconds": figures.server_cpu_seconds,
             "not_finite": figures.not_finite,
             "ranks_lost": len(self._service.missing),
             "lead_max": figures.lead_max,
@@ -196,9 +200,18 @@ class Asynchronous:
             )
         self.flush()
         twin = Asynchronous(self.plan, store, self._connect)
-        twin._figures, twin.step = self._figures, self.step
         self._end()
+        twin._figures, twin.step = self._counted(), self.step
         return twin
+
+    def _counted(self) -> _Figures:
+        """The figures with what the service has counted so far."""
+        figures, service = self._figures, self._service
+        return replace(
+            figures,
+            bytes_sent=figures.bytes_sent + service.sent_bytes,
+            server_cpu_seconds=figures.server_cpu_seconds + service.cpu_seconds,
+        )
 
     # Exchange -------------------------------------------------------------------------------------------------
 
@@ -281,7 +294,7 @@ class Asynchronous:
             if answer.ledger.size:
                 ledgers[str(number)] = answer.ledger.tolist()
                 arrays[f"server.{number}"] = answer.values.copy()
-        figures = asdict(self._figures)
+        figures = asdict(self._counted())
         return {
             **state,
             "clock": self._clock,

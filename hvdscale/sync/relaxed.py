@@ -142,9 +142,18 @@ class Relaxed(LocalPlan):
         """What all ranks must agree on, by name."""
         every: object = self.every
         if callable(self.every):
-            every = {step: period(self.every, step) for step in _PROBES}
+            every = {step: self._probe(step) for step in _PROBES}
             if isinstance(self.every, Adaptive):
                 every = (self.every, every)
         names = ("warmup", "wire", "fragments", "overlap", "merge", "groups", "across", "state", "rows")
         said = {name: getattr(self, name) for name in names}
         return {"plan": type(self).__name__, "every": every, **said, "outer": self.outer_optimizer()}
+
+    def _probe(self, step: int) -> int | str:
+        """The schedule's answer for a step; training may never come to one that it has no answer for."""
+        try:
+            return period(self.every, step)
+        except PlanError:
+            raise
+        except Exception as error:
+            return f"no answer ({type(error).__name__})"

@@ -165,7 +165,7 @@ class Shard:
         told: Answers = []
         for rank, member in enumerate(self._members):
             if member.stage is Stage.TRAINING and member.asks is not None and member.clock - slowest <= bound:
-                told.append((rank, self._answer(member, self._weights(member))))
+                told.append((rank, self._answer(member, self._pulled(member))))
         present = [m for m in self._members if m.stage is not Stage.GONE]
         if not told and present and all(m.asks is not None for m in present if m.trains):
             return self._meeting(present)
@@ -192,7 +192,7 @@ class Shard:
         clock = max(member.clock for member in self._members)
         told = []
         for rank, member in asking:
-            answer = self._weights(member)
+            answer = self._pulled(member)
             answer.clock, answer.ledger = clock, np.concatenate([pushes, beside])
             told.append((rank, self._answer(member, answer)))
             member.clock, member.stage = clock, Stage.TRAINING if member.trains else Stage.ASIDE
@@ -205,8 +205,12 @@ class Shard:
         member.asks = None
         return message
 
-    def _weights(self, member: _Member) -> Message:
+    def _pulled(self, member: _Member) -> Message:
+        """The weights, from which its next change will be."""
         member.seen = self._moves
+        return self._weights(member)
+
+    def _weights(self, member: _Member) -> Message:
         slowest = self._slowest()
         clock = member.clock if slowest == np.inf else int(slowest)
         return Message(Answer.WEIGHTS, clock, 0.0, member.stale, values=self.values)

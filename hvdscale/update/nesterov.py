@@ -28,7 +28,7 @@ class Nesterov:
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        check_number("the outer learning rate", self.lr, 0.0)
+        check_number("the outer learning rate", self.lr, 0.0, above_low=True)
         check_number("the outer momentum", self.momentum, 0.0, 1.0)
 
     @property

@@ -44,8 +44,10 @@ def blocks(n: int) -> Iterator[slice]:
     return (slice(start, min(start + _BLOCK, n)) for start in range(0, n, _BLOCK))
 
 
-def check_number(name: str, value: float, low: float, below: float = math.inf) -> None:
-    """Raise PlanError unless ``low <= value < below``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < below:
-        limits = f"at least {low:g}" + ("" if below == math.inf else f" and below {below:g}")
+def check_number(name: str, value: float, low: float, below: float = math.inf, *, above_low: bool = False) -> None:
+    """Raise PlanError unless ``low <= value < below``; with ``above_low`` unless ``low < value < below``."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not low <= value < below or (above_low and value == low):
+        limits = f"{'above' if above_low else 'at least'} {low:g}"
+        limits += "" if below == math.inf else f" and below {below:g}"
         raise PlanError(f"{name} must be a number {limits}; it is {value!r}.")

@@ -32,7 +32,7 @@ class SlowMomentum:
     momentum: float = 0.5
 
     def __post_init__(self) -> None:
-        check_number("the slow learning rate", self.lr, 0.0)
+        check_number("the slow learning rate", self.lr, 0.0, above_low=True)
         check_number("the slow momentum", self.momentum, 0.0, 1.0)
 
     @property

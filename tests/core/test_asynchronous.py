@@ -130,6 +130,25 @@ def test_a_straggler_holds_back_and_metrics_tell() -> None:
     assert first["server_cpu_seconds"] > 0
 
 
+def test_figures_go_on_with_another_store_and_in_a_resumed_run() -> None:
+    def body(transport: Transport) -> None:
+        trainer = Trainer(ParameterServer(0), transport)
+        trainer.train(20)
+        before = trainer.engine.figures()
+        trainer.engine = trainer.engine.over(trainer.store)
+        trainer.train(1)
+        saved, after = trainer.engine.state_dict(), trainer.engine.figures()
+        trainer.engine.flush()
+        resumed = Trainer(ParameterServer(0), transport)
+        resumed.engine.load_state_dict(saved)
+        resumed.engine.flush()
+        for one, other in ((before, after), (after, resumed.engine.figures())):
+            assert other["bytes_sent"] > one["bytes_sent"] > 0
+            assert other["server_cpu_seconds"] > one["server_cpu_seconds"] > 0
+
+    on_ranks(2, body)
+
+
 def test_ranks_that_finish_early_are_no_hindrance_and_training_goes_on_after_a_flush() -> None:
     def body(transport: Transport) -> tuple[np.ndarray, float, np.ndarray]:
         trainer = Trainer(ParameterServer(1, every=2), transport)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import socket
+import struct
+import time
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 import pytest
 
 from hvdscale.errors import PlanError, TransportError
+from hvdscale.runtime import tcp_post
 from hvdscale.runtime.post import Post, SoloPost, open_post
 from hvdscale.runtime.tcp_post import TCPPost
-from hvdscale.runtime.transport import SoloTransport, Transport, run_loopback
+from hvdscale.runtime.transport import LoopbackTransport, SoloTransport, Transport, run_loopback
 
 OPEN: dict[str, Callable[[Transport], Post]] = {"loopback": open_post, "tcp": TCPPost}
 KINDS = pytest.mark.parametrize("kind", OPEN)
@@ -135,6 +140,29 @@ def test_a_peer_that_left_is_named(kind: str) -> None:
                 post.receive(np.zeros(4, np.uint8), 0, 0).wait()
 
     assert run_loopback(2, body, 10) == [None, None]
+
+
+def wait_until(over: Callable[[], bool]) -> None:
+    until = time.monotonic() + 10
+    while not over():
+        assert time.monotonic() < until
+        time.sleep(0.001)
+
+
+def test_a_connection_reset_inside_a_message_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        peer = socket.create_connection(server.getsockname())
+        connection, _ = server.accept()
+    monkeypatch.setattr(tcp_post, "_connect", lambda transport: {1: connection})
+    post = TCPPost(LoopbackTransport(0, 2, {}))
+    out = np.zeros(8, np.uint8)
+    ticket = post.receive(out, 1, tag=3)
+    peer.sendall(struct.pack("=qq", 3, 8) + b"\x07")
+    wait_until(lambda: out[0] == 7)
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    peer.close()  # with a reset
+    with pytest.raises(TransportError, match="rank 1 left the job"):
+        wait_until(ticket.test)
 
 
 def test_nothing_is_buffered_on_the_loopback() -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvdscale.errors import DesyncError, StateError
+from hvdscale.errors import DesyncError, PlanError, StateError
 from hvdscale.runtime.transport import SoloTransport, Transport, run_loopback
 from hvdscale.sync import DiLoCo, Gossip, LocalSGD, Relaxed, SlowMo
 from hvdscale.sync.peers import TOPOLOGIES
-from hvdscale.update import Nesterov
+from hvdscale.update import DelayedNesterov, Nesterov, SlowMomentum
 from tests.core.quadratic import FRAGMENTS, Quadratic, start
 from tests.core.trainer import LR, Trainer, on_ranks, train
 from tests.relaxed_oracle import Momentum, trajectory
@@ -241,3 +241,19 @@ def test_the_state_of_other_rounds_is_refused(change: Callable[[Any], Any], rule
     trainer.train(5)
     with pytest.raises(StateError, match=rule):
         trainer.rounds.load_state_dict(change(trainer.rounds.state_dict()))
+
+
+def test_a_schedule_may_be_a_table_as_long_as_training() -> None:
+    table = [2] * 11
+    told = [LocalSGD(lambda step: table[step]).facts()["every"] for _ in range(2)]
+    assert told[0] == told[1]
+    assert told[0] != LocalSGD(lambda step: 3 if step == 10 else table[step]).facts()["every"]
+    with pytest.raises(PlanError, match=r"every\(100000\) must be a whole number of steps from 1; it is 0"):
+        LocalSGD(lambda step: 2 if step < 100000 else 0).facts()
+
+
+@pytest.mark.parametrize("made", [Nesterov, DelayedNesterov, SlowMomentum])
+@pytest.mark.parametrize("lr", [0, 0.0, -0.5, np.nan])
+def test_an_outer_learning_rate_that_moves_nothing_is_refused(made: Callable[..., Any], lr: float) -> None:
+    with pytest.raises(PlanError, match=f"learning rate must be a number above 0; it is {lr!r}"):
+        made(lr=lr)

@@ -192,6 +192,7 @@ def test_what_a_push_met_since_the_pull_is_counted() -> None:
     for number in (1, 2, 3):
         ((_, mine),) = shard.handle(0, Message(Ask.PUSH, number, 1.0, values=pushed(0, number)))
         assert mine.stale == 0
+    shard.handle(1, Message(Ask.READ))  # looks at the weights, and trains on from those it has
     ((_, other),) = shard.handle(1, Message(Ask.PUSH, 1, 1.0, values=pushed(1, 1)))
     assert other.stale == 3
 
