@@ -70,7 +70,7 @@ class LocalTraining(StepsOnParameters):
                 lambda patient: open_channel(self._process_set, patient),
                 lambda: open_post(self._process_set),
             )
-            self.sync = LocalSync(self._engine, self._store, torch.from_numpy)
+            self.sync = LocalSync(self._engine, self._store, torch.from_numpy, self._leave_warmup)
         else:
             root = (self._process_set.ranks or [0])[0]
             broadcast_parameters([p for _, p in named], root, self._process_set)
@@ -99,7 +99,10 @@ class LocalTraining(StepsOnParameters):
 
     def before_step(self) -> None:
         self.synchronize()
-        if [s.name for s in self._store.weights.specs] != [s.name for s in self._trainable().weights.specs]:
+
+    def take_over(self) -> None:
+        """A step follows, whoever waited for gradients."""
+        if self._trained != [p.requires_grad for _, p in self._named]:
             self._renew()  # frozen or unfrozen since
         self._engine.before_step()
 
@@ -107,6 +110,10 @@ class LocalTraining(StepsOnParameters):
         if self._reducer is not None:
             self._reducer.after_step()
         self._engine.after_step()
+        self._leave_warmup()
+
+    def _leave_warmup(self) -> None:
+        """No gradient is averaged after the warm-up, which ends with a step, or with the state of a later one."""
         if self._reducer is not None and not self._engine.warming_up:
             self._reducer.stop()
             self._reducer = None
@@ -114,9 +121,11 @@ class LocalTraining(StepsOnParameters):
     def step_skipped(self) -> None:
         """A gradient scaler left the step out: it counts all the same, so that ranks meet at the same round."""
         self.before_step()
+        self.take_over()
         self.after_step()
 
     def _trainable(self) -> TorchStore:
+        self._trained = [p.requires_grad for _, p in self._named]
         unique = {id(p): (name, p) for name, p in reversed(self._named) if p.requires_grad}
         return TorchStore(self._optimizer, list(reversed(unique.values())), self._model)
 

@@ -136,10 +136,6 @@ def DistributedOptimizer(
         check_adasum(process_set)
     elif groups is None and not (isinstance(plan, EveryStep) and plan.placed):
         reduction = replace(reduction, groups=_groups_on_one_host(parameters))
-    if sharded is not None and isinstance(plan, EveryStep) and plan.placed:
-        raise PlanError(
-            f"EveryStep(update={plan.update!r}) and a sharded model do not go together yet. Leave update out."
-        )
     terms = Terms(reduction, plan, compression, process_set)
     distribute(optimizer, terms, names, named, sparse_parameters(held), held, near=groups is None)
     optimizer._hvdscale.sharded = sharded  # type: ignore[attr-defined]

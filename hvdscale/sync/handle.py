@@ -65,11 +65,19 @@ class Sync(Protocol[T]):
 class LocalSync(Generic[T]):
     """The agreement of a plan in which ranks train alone.
 
-    ``convert`` makes a framework tensor of float32 weights.
+    ``convert`` makes a framework tensor of float32 weights; ``loaded`` is called when a state was taken up, which may
+    be one of another phase.
     """
 
-    def __init__(self, engine: Engine, store: Store, convert: Callable[[Float32s], T]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        store: Store,
+        convert: Callable[[Float32s], T],
+        loaded: Callable[[], None] = lambda: None,
+    ) -> None:
         self._convert = convert
+        self._loaded = loaded
         self.resume(engine, store)
 
     def resume(self, engine: Engine, store: Store) -> None:
@@ -113,6 +121,7 @@ class LocalSync(Generic[T]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._engine.load_state_dict(state)
+        self._loaded()
 
 
 class SteadySync(Generic[T]):

@@ -139,6 +139,7 @@ RESUMED = [
     DiLoCo(4, overlap=2, wire="int8"),
     SlowMo(2, groups=PLACED, across=2, overlap=3, wire="bf16"),
     Gossip(3, peers="pairs", overlap=2, fragments=2),
+    LocalSGD(4, warmup=2),  # a new process has not warmed up, and must not begin to
 ]
 
 

@@ -121,6 +121,29 @@ def test_a_scaler_that_skips_on_one_rank_shifts_no_round(rank: int, size: int) -
     assert torch.isfinite(everyones(model)).all()
 
 
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_horovods_way_of_clipping_counts_steps_and_sees_what_was_unfrozen(rank: int, warmup: int) -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    plan = LocalSGD(2, warmup=warmup)
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model=model, sync=plan)
+    for number in range(warmup + 5):  # the change ends a period, and begins one of two steps
+        if number == warmup + 2:
+            assert set(optimizer.sync.outer_weights()) == {"2.weight", "2.bias"}
+            model[0].requires_grad_(True)
+        optimizer.zero_grad()
+        x, y = batch(rank, number)
+        (model(x) - y).square().mean().backward()
+        optimizer.synchronize()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        with optimizer.skip_synchronize():
+            optimizer.step()
+    assert optimizer.sync.metrics()["steps"] == warmup + 5
+    optimizer.sync.flush()
+    assert len(optimizer.sync.outer_weights()) == 4
+    assert agree(model)
+
+
 def test_bfloat16_parameters_have_a_float32_anchor(rank: int) -> None:
     model = network().to(torch.bfloat16)
     optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model=model, sync=DiLoCo(2))
