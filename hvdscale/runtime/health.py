@@ -124,12 +124,18 @@ def forget(leaver: Leaver) -> None:
         _leavers.remove(leaver)
 
 
+# Modules whose functions wait for all ranks, and those of their functions that do not.
+_COLLECTIVE = {f"hvdscale.runtime.{module}" for module in ("channel", "neighbours", "transport")}
+_NO_COLLECTIVE = {"close", "run_loopback"}
+
+
 def in_a_collective() -> bool:
-    """Whether the main thread is inside a call of Horovod's own."""
+    """Whether the main thread is inside a collective, of Horovod's or of this library's."""
     main = threading.main_thread().ident
     frame = None if main is None else sys._current_frames().get(main)
     while frame is not None:
-        if str(frame.f_globals.get("__name__", "")).startswith("horovod."):
+        module = str(frame.f_globals.get("__name__", ""))
+        if module.startswith("horovod.") or (module in _COLLECTIVE and frame.f_code.co_name not in _NO_COLLECTIVE):
             return True
         frame = frame.f_back
     return False

@@ -101,8 +101,8 @@ class Parting:
             self._stuck_since = now
         elif now - self._stuck_since > self._patience_seconds:
             sys.stderr.write(
-                f"\n[rank {self._service.rank}] ended the job: it waited in a collective of Horovod's, which needs all "
-                f"ranks, and rank {', '.join(map(str, missing))} is gone. Where optimizer.sync.metrics()['ranks_lost'] "
+                f"\n[rank {self._service.rank}] ended the job: it waited in a collective, which needs all ranks, and "
+                f"rank {', '.join(map(str, missing))} is gone. Where optimizer.sync.metrics()['ranks_lost'] "
                 "is not 0, use optimizer.sync alone.\n"
             )
             sys.stderr.flush()

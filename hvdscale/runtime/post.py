@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from hvdscale.errors import PlanError, TransportError
 from hvdscale.runtime.mailbox import Handover, Mailbox, length_error
-from hvdscale.runtime.transport import LoopbackTransport, MPITransport, Transport
+from hvdscale.runtime.transport import Closable, LoopbackTransport, MPITransport, Transport
 
 __all__ = ["LoopbackPost", "MPIPost", "Post", "SoloPost", "Ticket", "left_message", "open_post"]
 
@@ -70,6 +70,10 @@ class Post(Protocol):
         """Whether this rank has closed, or its connection is broken: no further message of it will come."""
         ...
 
+    def attach(self, other: Closable) -> None:
+        """Close ``other`` first when this one is closed, maybe by its transport: it may have last things to send."""
+        ...
+
     def close(self) -> None:
         """This rank takes no further part: peers that wait for it are told."""
         ...
@@ -103,6 +107,9 @@ class SoloPost:
     def has_left(self, position: int) -> bool:
         return False
 
+    def attach(self, other: Closable) -> None:
+        """Nobody is told anything."""
+
     def close(self) -> None:
         """Nobody waits."""
 
@@ -130,6 +137,7 @@ class MPIPost:
         self.size = transport.size
         self.ranks = transport.ranks
         self.sent_bytes = 0
+        self._attached: list[Closable] = []
         self._closed = False
         transport.attach(self)
 
@@ -153,7 +161,12 @@ class MPIPost:
     def has_left(self, position: int) -> bool:
         return bool(self.communicator.Iprobe(position, _LEFT))
 
+    def attach(self, other: Closable) -> None:
+        self._attached.append(other)
+
     def close(self) -> None:
+        while self._attached:
+            self._attached.pop().close()
         if not self._closed and not self._mpi.Is_finalized():
             self._closed = True
             for position in range(self.size):
@@ -213,6 +226,8 @@ class LoopbackPost:
         self.sent_bytes = 0
         self._patience_seconds = transport.timeout_seconds
         self._boxes: list[Mailbox] = transport.shared("post", lambda: [Mailbox() for _ in transport.ranks])
+        self._attached: list[Closable] = []
+        transport.attach(self)
 
     def send(self, data: Bytes, to: int, tag: int) -> Ticket:
         self.sent_bytes += data.nbytes
@@ -230,7 +245,12 @@ class LoopbackPost:
     def has_left(self, position: int) -> bool:
         return self._boxes[self.rank].has_lost(position)
 
+    def attach(self, other: Closable) -> None:
+        self._attached.append(other)
+
     def close(self) -> None:
+        while self._attached:
+            self._attached.pop().close()
         for box in self._boxes:
             box.lose(self.rank, f"rank {self.ranks[self.rank]} closed its post")
 

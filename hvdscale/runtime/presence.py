@@ -54,8 +54,7 @@ class Presence:
         if now - self._looked > self._patience_seconds / 2:  # this process itself was held up: it has heard nobody
             self._heard = dict.fromkeys(self._peers, now)
         self._looked = now
-        while (found := self._post.probe(None, self._tag)) is not None:
-            self._listen(found[0])
+        self._listen()
         if now - self._beaten > self._beat_seconds:
             self._beaten = now
             self.say(News.ALIVE)
@@ -80,18 +79,20 @@ class Presence:
         """``rank`` is gone."""
         self.gone.setdefault(rank, how)
 
-    def _listen(self, source: int) -> None:
-        data = np.empty(1, np.uint8)
-        self._post.receive(data, source, self._tag).wait()
-        self._heard[source] = time.monotonic()
-        if data[0] == News.DONE:
-            self.done.add(source)
-            self.lose(source, f"rank {self._post.ranks[source]} has left the job: it was done.")
-        elif data[0] == News.STOPPED:
-            self.stopped[source] = self._left(source)
+    def _listen(self) -> None:
+        while (found := self._post.probe(None, self._tag)) is not None:
+            source, data = found[0], np.empty(1, np.uint8)
+            self._post.receive(data, source, self._tag).wait()
+            self._heard[source] = time.monotonic()
+            if data[0] == News.DONE:
+                self.done.add(source)
+                self.lose(source, f"rank {self._post.ranks[source]} has left the job: it was done.")
+            elif data[0] == News.STOPPED:
+                self.stopped[source] = self._left(source)
 
     def _check(self, rank: int, now: float) -> None:
         if self._post.has_left(rank):
+            self._listen()  # it may have said that it was done since we last listened
             self.lose(rank, self._left(rank))
         elif now - self._heard[rank] > self._patience_seconds:
             self.lose(

@@ -70,6 +70,7 @@ class Service:
         self._thread = threading.Thread(target=self._run, name="hvdscale-service", daemon=True)
         self._parting = Parting(self, keep_going, patience_seconds, isinstance(post, MPIPost))
         self._thread.start()
+        post.attach(self)
 
     @property
     def sent_bytes(self) -> int:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from hvdscale.errors import TransportError
 from hvdscale.runtime.mailbox import Handover, Mailbox
 from hvdscale.runtime.post import Ticket, left_message
-from hvdscale.runtime.transport import Transport
+from hvdscale.runtime.transport import Closable, Transport
 
 __all__ = ["TCPPost"]
 
@@ -46,6 +46,7 @@ class TCPPost:
         self.ranks = transport.ranks
         self.sent_bytes = 0
         self._box = Mailbox()
+        self._attached: list[Closable] = []
         self._outgoing: dict[int, queue.SimpleQueue[tuple[bytes, Bytes, Handover] | None]] = {}
         for position, connection in _connect(transport).items():
             self._outgoing[position] = queue.SimpleQueue()
@@ -68,7 +69,12 @@ class TCPPost:
     def has_left(self, position: int) -> bool:
         return self._box.has_lost(position)
 
+    def attach(self, other: Closable) -> None:
+        self._attached.append(other)
+
     def close(self) -> None:
+        while self._attached:
+            self._attached.pop().close()
         for outgoing in self._outgoing.values():
             outgoing.put(None)
 

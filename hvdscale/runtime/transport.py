@@ -63,7 +63,10 @@ class Transport(Protocol):
         ...
 
     def close(self) -> None:
-        """This rank takes no further part. Returns at once; peers that come to wait for it are told."""
+        """This rank takes no further part; peers that come to wait for it are told.
+
+        Waits for nobody, but for what is attached to it to send its last messages.
+        """
         ...
 
     def who_left(self, patience_seconds: float) -> tuple[int, ...]:
@@ -286,6 +289,7 @@ class LoopbackTransport:
         self.timeout_seconds = timeout_seconds
         self._name: tuple[Any, ...] = ()  # of the room where these ranks meet
         self._subsets: Counter[tuple[int, ...]] = Counter()
+        self._attached: list[Closable] = []
         self.ranks = tuple(range(size))
 
     def shared(self, name: str, make: Callable[[], T]) -> T:
@@ -324,7 +328,13 @@ class LoopbackTransport:
         return twin
 
     def close(self) -> None:
-        """Peers find out by the timeout."""
+        """Peers that wait for a message of what is attached are told; in an all-gather they find out by the timeout."""
+        for other in self._attached:
+            other.close()
+
+    def attach(self, other: Closable) -> None:
+        """Close ``other`` when this one is closed."""
+        self._attached.append(other)
 
     def who_left(self, patience_seconds: float) -> tuple[int, ...]:
         return ()

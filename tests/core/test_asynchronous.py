@@ -274,6 +274,32 @@ def leave(trainer: Trainer) -> None:
     trainer.engine._service.close()
 
 
+def test_a_rank_may_shut_down_right_after_its_flush() -> None:
+    """Rank 0 has its own answer, and shuts down while that to rank 1 is still to be sent."""
+
+    def body(transport: Transport) -> np.ndarray:
+        trainer = Trainer(ParameterServer(0, servers=1), transport)
+        trainer.train(3)
+        post, flushing = trainer.engine._post, threading.Event()
+        send = post.send
+
+        def slowly(data: np.ndarray, to: int, tag: int) -> Any:
+            if flushing.is_set() and threading.current_thread() is trainer.engine._service._thread and data.size > 1:
+                time.sleep(0.5)
+            return send(data, to, tag)
+
+        post.send = slowly  # type: ignore[method-assign]
+        transport.allgather(b"")
+        flushing.set()
+        trainer.engine.flush()
+        transport.close()
+        assert not trainer.engine._service._thread.is_alive()
+        return trainer.flat()
+
+    first, second = on_ranks(2, body)
+    np.testing.assert_array_equal(first, second)
+
+
 @pytest.mark.parametrize("staleness", [0, 2, None])
 def test_with_continue_the_others_go_on_without_a_worker_that_left(staleness: int | None) -> None:
     plan = ParameterServer(staleness, servers=1, on_failure="continue")

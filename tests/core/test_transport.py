@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hvdscale.errors import TransportError
+from hvdscale.runtime.health import in_a_collective
 from hvdscale.runtime.transport import (
     CollectiveTransport,
     RankSet,
@@ -107,6 +108,19 @@ def test_subsets_talk_among_themselves(kind: str) -> None:
 def test_the_whole_world_as_a_subset(kind: str) -> None:
     results = run(kind, 2, lambda t: t.subset(Members([0, 1], t.rank)).allgather(b"%d" % t.rank))
     assert results == [[b"0", b"1"]] * 2
+
+
+def test_waiting_for_all_ranks_shows() -> None:
+    seen: list[bool] = []
+
+    def gather(vector: np.ndarray, process_set: Any) -> np.ndarray:
+        seen.append(in_a_collective())
+        return vector
+
+    CollectiveTransport(0, 1, gather).allgather(b"x")
+    assert seen == [True, True]
+    assert not in_a_collective()
+    assert run_loopback(1, lambda transport: in_a_collective()) == [False]
 
 
 def test_a_world_of_one() -> None:
