@@ -39,7 +39,7 @@ def torch_page() -> dict[str, Any]:
     hvd.init()
     torch.seed()  # another model on each rank
     data = np.arange(256, dtype=np.float32).reshape(64, 4)
-    model = torch.nn.Linear(4, 1)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
     loader = hvd.shard_dataset(data, hvd.ShardPlan(len(data), hvd.size(), "random", seed=7), batch_size=8)
     return {
         "torch": torch,

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from hvdscale.model.groups import Groups
+from hvdscale.model.mesh import Mesh
+from hvdscale.runtime.team import Team
 from hvdscale.torch.process_sets import intern
 from hvdscale.torch.runtime import world
+from hvdscale.torch.tensor_parallel import keep_from_compilers
 
 __all__ = ["data_ranks", "team_along", "tensor_team"]
 
 _groups = Groups(world, intern)
 team_along = _groups.team_along
-tensor_team = _groups.tensor_team
 data_ranks = _groups.data_ranks
+
+
+def tensor_team(mesh: Mesh) -> Team:
+    """The ranks that share this rank's layers."""
+    keep_from_compilers()
+    return _groups.tensor_team(mesh)

@@ -7,7 +7,7 @@ added up (``enter``, Megatron's f); where parts leave, they are (``leave``, Mega
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,17 +17,25 @@ from torch.nn import functional as F
 
 from hvdscale.runtime.team import Team
 
-__all__ = ["enter", "exchanged", "join", "leave", "part_of", "sum_over", "team_dropout"]
+__all__ = ["enter", "exchanged", "join", "keep_from_compilers", "leave", "part_of", "sum_over", "team_dropout"]
 
 Sizes = Sequence[int]
-Function = TypeVar("Function", bound=Callable[..., Tensor])
 _WIDE = {torch.float32: torch.float32, torch.float64: torch.float64}  # others are added in float32
 
 
-def _apart_from_compilers(function: Function) -> Function:
-    """Messages are no part of a compiled graph."""
-    apart: Function = torch.compiler.disable(function)
-    return apart
+def _exchange(kind: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    result: Tensor = kind.apply(*arguments)
+    return result
+
+
+_run = _exchange
+
+
+def keep_from_compilers() -> None:
+    """Messages are no part of a compiled graph. Called before the first exchange: it imports the compiler."""
+    global _run
+    if _run is _exchange:
+        _run = torch.compiler.disable(_exchange)
 
 
 def sum_over(tensor: Tensor, team: Team) -> Tensor:
@@ -103,28 +111,24 @@ class _PartOf(torch.autograd.Function):
         return _together(gradient, *ctx.where), None, None, None
 
 
-@_apart_from_compilers
 def enter(x: Tensor, team: Team) -> Tensor:
     """A whole activation into a split layer: as it is; its gradients are added over the team."""
-    return _Enter.apply(x, team) if team.size > 1 else x
+    return _run(_Enter, x, team) if team.size > 1 else x
 
 
-@_apart_from_compilers
 def leave(x: Tensor, team: Team) -> Tensor:
     """Partial sums out of a split layer: added over the team; the gradient is everyone's own."""
-    return _Leave.apply(x, team) if team.size > 1 else x
+    return _run(_Leave, x, team) if team.size > 1 else x
 
 
-@_apart_from_compilers
 def join(x: Tensor, team: Team, dim: int, sizes: Sizes) -> Tensor:
     """Parts of ``sizes`` along ``dim`` as one whole; the gradient is that of the own part."""
-    return _Join.apply(x, team, dim % x.dim(), sizes) if team.size > 1 else x
+    return _run(_Join, x, team, dim % x.dim(), sizes) if team.size > 1 else x
 
 
-@_apart_from_compilers
 def part_of(x: Tensor, team: Team, dim: int, sizes: Sizes) -> Tensor:
     """The own part along ``dim`` of a whole activation; the gradients of the parts are put together."""
-    return _PartOf.apply(x, team, dim % x.dim(), sizes) if team.size > 1 else x
+    return _run(_PartOf, x, team, dim % x.dim(), sizes) if team.size > 1 else x
 
 
 def team_dropout(x: Tensor, p: float, team: Team, dim: int, sizes: Sizes) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -102,12 +103,12 @@ class Neighbours:
         layout = tuple((array.shape, array.dtype) for array in arrays)
         if layout == self._layout:
             return self._views
-        starts = [packed_bytes((a.size, a.itemsize) for a in arrays[:i]) for i in range(len(arrays))]
+        starts = list(accumulate((packed_bytes([(a.size, a.itemsize)]) for a in arrays), initial=0))  # and the end
         self._views = tuple(
             tuple(
                 tuple(
                     row[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-                    for start, array in zip(starts, arrays, strict=True)
+                    for start, array in zip(starts, arrays, strict=False)
                 )
                 for row in rows
             )
