@@ -20,6 +20,7 @@ from hvdscale.model.rules import Rules, check_rules
 from hvdscale.runtime.agreement import Fingerprint, agree
 from hvdscale.runtime.team import Team
 from hvdscale.torch.broadcast import broadcast_parameters
+from hvdscale.torch.lazy import materialise
 from hvdscale.torch.parallel_attention import HeadParallelAttention
 from hvdscale.torch.parallel_layers import (
     ColumnParallelLinear,
@@ -55,13 +56,8 @@ class FeatureSharded(ShardedModel):
         return loss.detach()
 
     def eval_step(self, x: Any, y: Any) -> Tensor:
-        training = self.module.training
-        self.module.eval()
-        try:
-            with torch.no_grad():
-                return self._the_loss()(self.module(x), y)
-        finally:
-            self.module.train(training)
+        with self._evaluating(), torch.no_grad():
+            return self._the_loss()(self.module(x), y)
 
     def _the_loss(self) -> Loss:
         if self._loss is None:
@@ -96,7 +92,7 @@ def shard_features(model: nn.Module, mesh: Mesh, rules: Rules, loss: Loss | None
     mesh.check(world().size)
     if mesh.pp > 1:
         raise PlanError(
-            f'by="features" makes no stages, and the mesh has pp={mesh.pp}. Use pp=1, or by="layers" with rules=...'
+            f'by="features" makes no stages, and the mesh has pp={mesh.pp}. Use pp=1, or by="layers" with tp=1.'
         )
     parts, layout = split_layers(model, mesh, check_rules(rules))
     _watch_inputs(model, tensor_team(mesh))
@@ -109,18 +105,11 @@ def split_layers(model: nn.Module, mesh: Mesh, rules: Rules) -> tuple[dict[str, 
     parts = find_parts(model, rules)
     layout = Layout(mesh, tuple(_placements(model, parts)))
     tensors = [(p.name, p.shape, f"{p.dtype} {p.split}") for p in layout.placements]
-    agree(Fingerprint.of(tensors, {"mesh": mesh, "sharded": "by features"}), control(), "the model to be sharded")
+    empty = [n for n, t in model.state_dict().items() if t.is_meta]
+    facts = {"mesh": mesh, "sharded": "by features", "on the meta device": ", ".join(empty)}
+    agree(Fingerprint.of(tensors, facts), control(), "the model to be sharded")
     _same_random_state(mesh)
-    if any(t.is_meta for t in model.state_dict().values()):
-        _materialise(model, layout, team)
-    else:
-        broadcast_parameters(model.state_dict(), 0)
-        done: set[int] = set()
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            split = layout[name].split
-            if split is not None and id(tensor) not in done:
-                done.add(id(tensor))
-                keep_part(tensor, split, team)
+    _take_parts(model, layout, team)
     modules = dict(model.named_modules())
     columns = {name: modules[name] for name, part in parts.items() if part.role == "column"}
     outputs = {name: sizes_of(parts[name].split, layer.out_features, team.size) for name, layer in columns.items()}
@@ -187,42 +176,25 @@ def _splits(layer: Any, part: Part) -> dict[str, Split]:
     return {name: split for name, split in known.items() if name in present}
 
 
-def _materialise(model: nn.Module, layout: Layout, team: Team) -> None:
-    """Give a model on the meta device its weights, one module at a time: no rank ever holds it whole.
+def _take_parts(model: nn.Module, layout: Layout, team: Team) -> None:
+    """The first rank's values, and of split parameters this rank's part.
 
-    Raises:
-        PlanError: a module that says not how its parameters begin.
+    What is on the meta device gets its values one module at a time: no rank ever holds the whole model.
     """
-    seen: dict[int, nn.Parameter] = {}
-    for prefix, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
-        buffers = dict(module.named_buffers(recurse=False))
-        if not any(t.is_meta for t in (*own.values(), *buffers.values())):
-            continue
-        before = {name: id(p) for name, p in own.items()}
-        if all(number in seen for number in before.values()):  # tied to what was made before
-            for name, number in before.items():
-                setattr(module, name, seen[number])
-            continue
-        reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
-        if reset is None:
-            raise PlanError(
-                f"{prefix or 'the model'} ({type(module).__name__}) has parameters on the meta device and no "
-                "reset_parameters() that would give them values. Add one, or build the model off the meta device."
-            )
-        module.to_empty(device="cpu", recurse=False)
-        if isinstance(module, nn.MultiheadAttention):  # it changes what its output layer drew
-            module.out_proj.to_empty(device="cpu", recurse=False)
-            module.out_proj.reset_parameters()
-        reset()
-        state = {n: t for n, t in module.state_dict(keep_vars=True).items() if not t.is_meta}
-        broadcast_parameters({n: t.detach() for n, t in state.items()}, 0)
-        for name, tensor in state.items():
-            split = layout[f"{prefix}.{name}".lstrip(".")].split
-            if split is not None:
+    taken: set[int] = set()
+
+    def take(prefix: str, module: nn.Module) -> None:
+        held = {f"{prefix}.{n}".lstrip("."): t for n, t in module.state_dict(keep_vars=True).items()}
+        fresh = {n: t for n, t in held.items() if not t.is_meta and id(t) not in taken}
+        broadcast_parameters({n: t.detach() for n, t in fresh.items()}, 0)
+        for name, tensor in fresh.items():
+            split = layout[name].split
+            if split is not None and id(tensor) not in taken:
                 keep_part(tensor, split, team)
-        for name, number in before.items():
-            seen[number] = getattr(module, name)
+            taken.add(id(tensor))
+
+    materialise(model, "", {}, take)
+    take("", model)
 
 
 def _same_random_state(mesh: Mesh) -> None:

@@ -40,12 +40,15 @@ def has_meta(module: nn.Module) -> bool:
     return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
 
 
-def materialise(module: nn.Module, name: str, known: dict[int, Tensor]) -> None:
+def materialise(
+    module: nn.Module, name: str, known: dict[int, Tensor], made: Callable[[str, nn.Module], None] | None = None
+) -> None:
     """Give the parameters and buffers of ``module`` that are on the meta device memory and their first values.
 
     Args:
         name: of the module, for messages.
         known: parameters made before by the ``id`` of what stood for them: shared ones are made once.
+        made: is called with the name and the module inside whose values have just been made, before the next one's are.
 
     Raises:
         PlanError: a module that says not how its parameters begin.
@@ -55,18 +58,23 @@ def materialise(module: nn.Module, name: str, known: dict[int, Tensor]) -> None:
         buffers = [n for n, b in part.named_buffers(recurse=False) if b.is_meta]
         if not own and not buffers:
             continue
+        where = ".".join(filter(None, (name, inner)))
         shared = {n: known[id(p)] for n, p in own.items() if id(p) in known}
         if len(shared) < len(own) or buffers:
             reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
             if reset is None:
-                where = ".".join(filter(None, (name, inner)))
                 raise PlanError(
-                    f"{where} ({type(part).__name__}) has {', '.join([*own, *buffers])} on the meta device and no "
-                    "reset_parameters() that would give them values. Add one, or give the layer as hvd.Lazy(...)."
+                    f"{where or 'The model'} ({type(part).__name__}) has {', '.join([*own, *buffers])} on the meta "
+                    "device and no reset_parameters() that would give them values. Add one, or build it off the meta "
+                    "device; a layer of a pipeline can be given as hvd.Lazy(...), too."
                 )
             part.to_empty(device="cpu", recurse=False)
+            if isinstance(part, nn.MultiheadAttention):  # its reset changes what its output layer drew
+                materialise(part.out_proj, f"{where}.out_proj", known)
             reset()
         for n, tensor in shared.items():
             setattr(part, n, tensor)
         for n, before in own.items():
             known.setdefault(id(before), getattr(part, n))
+        if made is not None:
+            made(where, part)

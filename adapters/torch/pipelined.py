@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -212,16 +211,6 @@ class Pipelined(ShardedModel):
                 parameter.grad = None
             raise PlanError(error)
         return torch.tensor(value)
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        training = [module for module in self.module.modules() if module.training]
-        self.module.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
 
 
 def shard_stages(model: Any, mesh: Mesh, by: str, loss: Loss | None, staging: Staging) -> Pipelined:

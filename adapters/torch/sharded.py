@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,17 @@ class ShardedModel(ABC):
 
     def eval(self) -> ShardedModel:
         return self.train(False)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """All layers in evaluation mode; afterwards, each in the mode it was in."""
+        training = [module for module in self.module.modules() if module.training]
+        self.module.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.module.zero_grad(set_to_none)
@@ -184,12 +196,12 @@ class ShardedModel(ABC):
 
     def norm(self, norm_type: float = 2.0) -> Tensor:
         """The norm of the gradients of the whole model, parameters that several ranks hold counted once. Collective."""
-        own = [
-            p.grad.detach().to(torch.float64)
-            for name, p in self.named_parameters()
-            if p.grad is not None and self.layout.speaks(name, self._rank)
-        ]
-        norms = [float(torch.linalg.vector_norm(g.coalesce().values() if g.is_sparse else g, norm_type)) for g in own]
+        norms = []
+        for name, parameter in self.named_parameters():
+            if parameter.grad is not None and self.layout.speaks(name, self._rank):
+                own = parameter.grad.detach()
+                own = own.coalesce().values() if own.is_sparse else own
+                norms.append(float(torch.linalg.vector_norm(own.to(torch.float64), norm_type)))  # one copy at a time
         if norm_type == float("inf"):
             return torch.tensor(float(self._copy.largest(np.array(max(norms, default=0.0)))))
         total = self._copy.add(np.array(sum((n**norm_type for n in norms), 0.0)))
@@ -239,13 +251,20 @@ def clip_grad_norm_(
     return total
 
 
-def check_optimizer(optimizer: Optimizer) -> None:
-    """Raises PlanError where an optimizer looks at more of a parameter than one number at a time."""
-    looks = [c.__name__ for c in type(optimizer).__mro__ if c.__name__ in ("Adafactor", "LBFGS", "Muon")]
+# By their names in lower case, since several libraries have them. The first looks at all parameters at once.
+_ALL_AT_ONCE = ("lbfgs",)
+_WHOLE = ("adafactor", "lamb", "lars", "muon")
+
+
+def check_optimizer(optimizer: Optimizer, mesh: Mesh) -> None:
+    """Raises PlanError where an optimizer looks at more of the model at a time than a rank of ``mesh`` holds of it."""
+    names = {c.__name__.lower(): c.__name__ for c in type(optimizer).__mro__}
+    looks = next((names[n] for n in (*_ALL_AT_ONCE, *(_WHOLE if mesh.tp > 1 else ())) if n in names), None)
     if looks:
+        what = "all parameters at once" if looks.lower() in _ALL_AT_ONCE else "whole parameters"
         raise PlanError(
-            f"{looks[0]} looks at whole parameters, and each rank holds parts. Use one that looks at each number for "
-            "itself: SGD, Adam, AdamW and others."
+            f"{looks} looks at {what}, and each rank holds parts. Use one that looks at each number for itself: SGD, "
+            "Adam, AdamW and others."
         )
     for parameter, state in optimizer.state.items():
         for value in state.values() if isinstance(state, dict) else ():

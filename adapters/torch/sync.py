@@ -98,7 +98,7 @@ def DistributedOptimizer(
         )
     sharded = model if isinstance(model, ShardedModel) else None
     if sharded is not None:
-        check_optimizer(optimizer)
+        check_optimizer(optimizer, sharded.mesh)
         process_set = _data_ranks(sharded, process_set)
         named_parameters = sharded.named_parameters() if named_parameters is None else named_parameters
     held = model.module if isinstance(model, ShardedModel) else model

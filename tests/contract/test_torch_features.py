@@ -359,8 +359,47 @@ def test_models_nobody_has_whole(driver: Any, size: int) -> None:
         )
     with torch.device("meta"):
         odd = nn.Sequential(nn.Linear(4, 4), Odd())
-    with pytest.raises(hvd.PlanError, match=r"1 \(Odd\) has parameters on the meta device"):
+    with pytest.raises(hvd.PlanError, match=r"1 \(Odd\) has scale on the meta device and no reset_parameters"):
         hvd.shard_model(odd, hvd.Mesh(tp=size), by="features", rules={"0": "column"})
+
+
+class Scaled(nn.Module):
+    """No parameters of its own, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.empty(()))
+        self.inner = nn.Sequential(nn.Linear(WIDTH, 22), nn.ReLU(), nn.Linear(22, WIDTH))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.scale.fill_(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * self.inner(x)
+
+
+def test_ties_and_buffers_nobody_has_whole(driver: Any, size: int) -> None:
+    with torch.device("meta"):
+        model = Model(Scaled())
+        model.head.weight = model.tokens.weight  # and a bias of its own
+    rules = {"blocks.0.inner.0": "column", "blocks.0.inner.2": "row", "tokens": "vocab", "head": "column"}
+    sharded = hvd.shard_model(model, hvd.Mesh(tp=size), by="features", rules=rules, loss=loss_of)
+    assert model.head.weight is model.tokens.weight
+    assert model.head.weight.shape[0] == math.ceil((VOCABULARY - hvd.rank()) / size)
+    plain = Model(Scaled())
+    plain.head.weight = plain.tokens.weight
+    plain.load_state_dict(sharded.state_dict())
+    assert plain.blocks[0].scale == 0.5
+    assert sharded.eval_step(*batch(0)).item() == pytest.approx(loss_of(plain(batch(0)[0]), batch(0)[1]).item())
+    frozen = model.norm.eval()
+    sharded.eval_step(*batch(0))
+    assert model.training
+    assert not frozen.training  # each layer is in the mode it was in
+
+
+class LAMB(torch.optim.SGD):
+    """By this name, whatever library it is from."""
 
 
 class Odd(nn.Module):
@@ -466,8 +505,10 @@ def test_more_is_refused_where_there_are_ranks(driver: Any, size: int, rank: int
         hvd.DistributedOptimizer(
             torch.optim.SGD(sharded.parameters(), 0.1), model=sharded, process_set=driver.even_ranks
         )
-    with pytest.raises(hvd.PlanError, match="LBFGS looks at whole parameters"):
+    with pytest.raises(hvd.PlanError, match="LBFGS looks at all parameters at once"):
         hvd.DistributedOptimizer(torch.optim.LBFGS(sharded.parameters()), model=sharded)
+    with pytest.raises(hvd.PlanError, match="LAMB looks at whole parameters"):
+        hvd.DistributedOptimizer(LAMB(sharded.parameters()), model=sharded)
     model = make("written out")
     early = torch.optim.Adam(model.parameters())
     loss_of(model(batch(0)[0]), batch(0)[1]).backward()
