@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from lm.batches import Share
 from lm.flags import parse_flags, run
-from lm.mesh import mesh_of
+from lm.mesh import add_mesh_flags, mesh_of
 from lm.plans import plan_of
 from lm.report import Report
 from lm.together import load_together
@@ -89,7 +89,7 @@ def evaluate(
 
 
 def main() -> None:
-    flags = parse_flags(__doc__)
+    flags = parse_flags(__doc__, extend=add_mesh_flags)
     hvd.init(process_sets="dynamic" if flags.tp > 1 else None)  # hvd
     rank, ranks = hvd.rank(), hvd.size()  # hvd
     mesh = mesh_of(flags, ranks)

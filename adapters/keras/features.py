@@ -93,7 +93,7 @@ def shard_features(model: Any, mesh: Mesh, rules: Rules, loss: Loss | None) -> F
     mesh.check(verbs.world().size)
     if mesh.pp > 1:
         raise PlanError(
-            f'by="features" makes no stages, and the mesh has pp={mesh.pp}. Use pp=1, or by="layers" with rules=...'
+            f'by="features" makes no stages, and the mesh has pp={mesh.pp}. Use pp=1; pipelines are in hvdscale.torch.'
         )
     if not model.built:
         raise PlanError("The model has no variables yet, so there is nothing to split. Call model.build(shape) first.")

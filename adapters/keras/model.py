@@ -51,4 +51,7 @@ def shard_model(
         raise PlanError(f"model is a keras.Model; it is a {type(model).__name__}.")
     if by == "features":
         return shard_features(model, mesh, rules, loss)
-    raise PlanError(f"by is 'features'; it is {by!r}.")
+    raise PlanError(
+        f'A Keras model is split by features alone, and by is {by!r}. Give by="features"; pipelines (by="layers" and '
+        'by="graph") are in hvdscale.torch.'
+    )

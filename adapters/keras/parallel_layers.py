@@ -141,11 +141,18 @@ class VocabParallelEmbedding(layers.Embedding):
 
     def call(self, inputs: Any) -> Any:
         start, rows = sum(self.sizes[: self.team.rank]), self.sizes[self.team.rank]
-        local = ops.cast(inputs, "int32") - start
+        ids = ops.cast(inputs, "int32")
+        local = verbs.after_check(self._check, ids, [ids]) - start
         here = ops.logical_and(local >= 0, local < rows)
         taken = ops.take(self.embeddings, ops.where(here, local, 0), axis=0)
         taken = ops.cast(taken, self.compute_dtype) * ops.cast(ops.expand_dims(here, -1), self.compute_dtype)
         return verbs.leave(taken, self.team)
+
+    def _check(self, ids: np.ndarray) -> np.ndarray:
+        wrong = ids[(ids < 0) | (ids >= sum(self.sizes))]
+        if wrong.size:
+            raise IndexError(f"{self.name}: ids lie in 0..{sum(self.sizes) - 1}; {wrong[0]} came.")
+        return np.zeros((), np.int32)
 
 
 class TeamDropout(layers.Dropout):

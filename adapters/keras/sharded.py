@@ -165,7 +165,7 @@ def renumbered(paths: Mapping[str, Any] | Sequence[str]) -> list[str]:
 def check_optimizer(optimizer: Any) -> None:
     """Raises PlanError where an optimizer looks at more of a variable than one number at a time."""
     inner = getattr(optimizer, "inner_optimizer", optimizer)
-    looks = [name for name in ("Adafactor", "Lamb", "Muon") if any(name == c.__name__ for c in type(inner).__mro__)]
+    looks = [c.__name__ for c in type(inner).__mro__ if c.__name__.lower() in ("adafactor", "lamb", "lars", "muon")]
     if looks:
         raise PlanError(
             f"{looks[0]} looks at whole variables, and each rank holds parts. Use one that looks at each number for "

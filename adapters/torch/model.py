@@ -58,8 +58,9 @@ def shard_model(
         rules: by features: ``"auto"``, or patterns of layer names and what becomes of the layers: ``"column"``
             (outputs split; left so where a ``"row"`` layer of the same module takes them, and only elementwise
             functions may stand between), ``"row"`` (inputs split), ``"heads"`` (outputs split by attention heads, which
-            the module counts in an attribute), ``"vocab"`` (an embedding's rows; a linear layer's outputs,
-            left split for ``parallel_cross_entropy``).
+            the module counts in an attribute; of three times as many outputs as inputs, all queries come first, then
+            all keys and all values, or head by head in a ``query_key_value``), ``"vocab"`` (an embedding's rows; a
+            linear layer's outputs, left split for ``parallel_cross_entropy``).
         microbatches: in a pipeline, into how many pieces a batch is divided; more of them, less waiting.
         schedule: ``"1f1b"``, ``"gpipe"``, ``"interleaved"`` or ``"zb"`` (backward passes in two halves).
         chunks: stages on each rank; with ``"interleaved"`` and ``"gpipe"``.

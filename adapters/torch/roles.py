@@ -2,6 +2,10 @@
 
 ``rules="auto"`` knows ``nn.MultiheadAttention``, attention written out over linear layers in a module that says how
 many heads it has, MLPs, and the vocabulary's embedding and head.
+
+A layer with three times as many outputs as inputs that is split by heads is taken to hold all queries, then all keys,
+then all values; one that is called ``query_key_value``, the three of each head side by side. ``"auto"`` goes by names
+alone: the shape does not tell.
 """
 
 from __future__ import annotations
@@ -13,7 +17,17 @@ from torch import nn
 
 from hvdscale.errors import PlanError
 from hvdscale.model.layout import Split
-from hvdscale.model.rules import HEADS, OUTPUTS, PAIRS, SEPARATE, Rules, match_rules, nothing_found
+from hvdscale.model.rules import (
+    FUSED,
+    HEADS,
+    INTERLEAVED,
+    OUTPUTS,
+    PAIRS,
+    SEPARATE,
+    Rules,
+    match_rules,
+    nothing_found,
+)
 
 __all__ = ["Part", "find_parts", "splittable"]
 
@@ -153,9 +167,10 @@ def _heads_of(module: nn.Module) -> str | None:
 
 def _by_heads(name: str, layer: nn.Linear, parent: nn.Module, attribute: str) -> Part:
     heads = getattr(parent, attribute)
-    sections = 3 if layer.out_features == 3 * layer.in_features else 1
-    if layer.out_features % (sections * heads):
+    matrices = 3 if layer.out_features == 3 * layer.in_features else 1
+    if layer.out_features % (matrices * heads):
         raise PlanError(f"{name} has {layer.out_features} outputs, which {heads} heads do not share evenly.")
+    sections = 1 if name.rpartition(".")[2] in INTERLEAVED else matrices
     split = Split(0, sections, layer.out_features // (sections * heads))
     return Part("column", split, whole_output=False, heads=(_parent(name), attribute))
 
@@ -193,7 +208,8 @@ def _attention(module: nn.Module, children: dict[str, nn.Linear]) -> Iterator[tu
     if attribute is None or out is None:
         return
     width = children[out].in_features
-    fused = [c for c, layer in children.items() if layer.out_features == 3 * layer.in_features == 3 * width]
+    named = [c for c in (*FUSED, *INTERLEAVED) if c in children]
+    fused = [c for c in named if children[c].out_features == 3 * children[c].in_features == 3 * width]
     separate = next((names for names in SEPARATE if all(c in children for c in names)), ())
     inputs = fused[:1] if len(fused) == 1 else list(separate)
     if not inputs or any(children[c].out_features not in (width, 3 * width) for c in inputs):

@@ -17,6 +17,6 @@ data_ranks = _groups.data_ranks
 
 
 def tensor_team(mesh: Mesh) -> Team:
-    """The ranks that share this rank's layers; their exchanges stay out of compiled graphs. Collective over all ranks."""
+    """The ranks that share this rank's layers; what they exchange stays out of compiled graphs. Collective over all."""
     keep_from_compilers()
     return _groups.tensor_team(mesh)

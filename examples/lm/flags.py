@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from hvdscale.errors import HvdscaleError, PlanError
-from lm.mesh import add_mesh_flags
 from lm.plans import add_plan_flags, plan_of
 
 
@@ -45,7 +44,6 @@ def parse_flags(
     train.add_argument("--eval-every", type=int, default=100, help="steps between evaluations")
     train.add_argument("--seed", type=int, default=0)
     add_plan_flags(parser)
-    add_mesh_flags(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--logdir", help="write TensorBoard scalars here")
     output.add_argument("--plot", help="write the loss curves to this image")

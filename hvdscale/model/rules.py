@@ -13,7 +13,9 @@ from typing import Literal, get_args
 from hvdscale.errors import PlanError
 
 __all__ = [
+    "FUSED",
     "HEADS",
+    "INTERLEAVED",
     "OUTPUTS",
     "PAIRS",
     "ROLES",
@@ -32,6 +34,9 @@ Rules = Mapping[str, Role] | Literal["auto"]
 # What models call the layers of a transformer block, for rules="auto".
 HEADS = ("heads", "num_heads", "n_head", "n_heads", "num_attention_heads")
 OUTPUTS = ("out", "out_proj", "proj", "c_proj", "o_proj", "wo", "dense")
+# Queries, keys and values in one matrix: one after the other, each with all heads; or the three of each head together.
+FUSED = ("qkv", "qkv_proj", "to_qkv", "c_attn", "in_proj", "Wqkv")
+INTERLEAVED = ("query_key_value",)  # GPT-NeoX, BLOOM, Falcon
 SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"), ("wq", "wk", "wv"))
 PAIRS = (  # what splits outputs, then what splits inputs
     (("linear1",), "linear2"),

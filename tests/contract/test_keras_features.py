@@ -196,6 +196,29 @@ def test_cross_entropy_over_a_split_vocabulary(driver: Any, size: int) -> None:
     assert float(loss) == pytest.approx(wanted, abs=1e-5)
     for gradient, value in zip(whole_gradients(sharded, found), gradients, strict=True):
         np.testing.assert_allclose(gradient, value, atol=2e-6, rtol=1e-5)
+    parts, some = sharded(x), np.where(np.arange(5) < 2, -100, y)
+
+    def of(targets: np.ndarray, **named: Any) -> np.ndarray:
+        return np.asarray(ops.convert_to_numpy(hvd.parallel_cross_entropy(parts, targets, VOCABULARY, mesh, **named)))
+
+    each = of(y, reduction="none")
+    assert each.mean() == pytest.approx(wanted, abs=1e-5)
+    np.testing.assert_allclose(of(some, reduction="none"), [0, 0, *each[2:]], rtol=1e-6)
+    assert of(some) == pytest.approx(each[2:].mean(), rel=1e-6)
+    assert of(np.where(some < 0, 77, some), ignore_index=77, reduction="sum") == pytest.approx(each[2:].sum(), rel=1e-6)
+    for wrong, rule in ((some - 1, "targets are classes 0 to 28; -101"), (y[:, None], "logits are this rank's part")):
+        with pytest.raises(hvd.PlanError, match=rule):
+            of(wrong)
+
+
+def test_ids_beyond_the_vocabulary_are_errors(driver: Any, size: int) -> None:
+    sharded = hvd.shard_model(make("functional"), hvd.Mesh(tp=size), by="features")
+    ids = batch(0)[0].copy()
+    ids[1, 2] = VOCABULARY
+    with pytest.raises(IndexError, match=r"ids lie in 0\.\.28; 29 came"):
+        sharded(ids)
+    with pytest.raises(Exception, match=r"ids lie in 0\.\.28; 29 came"):  # in a graph, the backend's own
+        sharded.model.predict(ids, verbose=0)
 
 
 def test_einsum_layers_and_halves_of_pairs(driver: Any, size: int) -> None:
@@ -248,7 +271,7 @@ def test_loss_scaling_skips_the_same_steps_on_all_ranks(driver: Any, size: int, 
 
 
 REFUSED = [
-    ({"by": "rows"}, "it is 'rows'"),
+    ({"by": "rows"}, 'split by features alone, and by is .rows.*Give by="features"'),
     ({"mesh": "tp=2"}, "mesh is a Mesh, such as"),
     ({"mesh": hvd.Mesh(tp=64)}, r"dp \* pp \* tp must be the number of ranks"),
     ({"rules": {"nowhere*": "column"}}, "matches no layer that can be split. Those are: embedding"),

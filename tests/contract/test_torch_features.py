@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -429,6 +430,30 @@ def test_auto_knows_the_vocabulary_from_all_else_of_its_size(driver: Any, size: 
     split = {name for name in layout.names if layout[name].split is not None}
     assert {"tokens.weight", "head.weight", "blocks.1.out.weight", "blocks.1.mlp.3.weight"} <= split
     assert not split & {"places.weight", "more.weight", "blocks.1.out.bias", "blocks.1.mlp.3.bias"}
+
+
+class OneMatrix(nn.Module):
+    """Queries, keys and values of each head side by side, as in GPT-NeoX."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.num_attention_heads = name, HEADS
+        self.add_module(name, nn.Linear(WIDTH, 3 * WIDTH))
+        self.dense = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.get_submodule(self.name)(x).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+        y = F.scaled_dot_product_attention(*heads.chunk(3, dim=-1))
+        return x + self.dense(y.transpose(1, 2).flatten(-2))
+
+
+def test_how_queries_keys_and_values_lie_is_told_by_the_name(driver: Any, size: int) -> None:
+    for name, split in (("query_key_value", True), ("mixed", False)):
+        torch.manual_seed(3)
+        plain = Model(OneMatrix(name))
+        sharded = hvd.shard_model(copy.deepcopy(plain), hvd.Mesh(tp=size), by="features")
+        assert (sharded.layout[f"blocks.0.{name}.weight"].split is not None) == split
+        np.testing.assert_allclose(sharded(batch(0)[0]).detach(), plain(batch(0)[0]).detach(), atol=1e-5)
 
 
 def test_rules_by_hand_do_what_auto_does(driver: Any, size: int) -> None:
