@@ -4,6 +4,7 @@
     mpirun -np 4 python examples/pipeline_lm.py --pp 2 --microbatches 8 --schedule zb    # two copies, on other text
 
 The losses are those of ``torch_lm.py`` on as many ranks as there are copies, with the same ``--batch-size``.
+Copies average their gradients at every step: of the flags of the agreement only ``--sync every-step`` is taken.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from lm.batches import Share
 from lm.flags import parse_flags, run
+from lm.plans import plan_of
 from lm.report import Report
 from lm.together import load_together
 from torch import Tensor
@@ -55,6 +57,8 @@ def tensors(inputs: np.ndarray, targets: np.ndarray) -> tuple[Tensor, Tensor]:
 
 def main() -> None:
     flags = parse_flags(__doc__, extend=pipeline_flags)
+    if plan_of(flags) != hvd.EveryStep():
+        raise PlanError("This example averages gradients at every step. Leave --sync and --update out.")
     hvd.init(process_sets="dynamic")
     rank, ranks = hvd.rank(), hvd.size()
     mesh = mesh_of(flags, ranks)
