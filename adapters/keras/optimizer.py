@@ -216,6 +216,7 @@ class _Distributed:
         if not reducer.suspended:
             reducer.prepare(self, grads, variables)
             grads = reducer.complete(grads, variables)
+            reducer.clipped = [v for g, v in zip(grads, variables, strict=True) if g is not None]
         if not grads:
             return plain.apply(grads, trainable_variables)  # nothing to do, and all ranks know it
         if passes > 1:
