@@ -138,8 +138,9 @@ class Reducer(StepsOnParameters):
                 self._unknown.add(len(self._parameters))
             self._parameters.append(parameter)
             self._names.append(name)
-        if self._meet is not None:
-            # What is narrower than four bytes travels as float32, or not this way.
+        if self._meet is not None and all(p.device.type == "cpu" for p in self._parameters):
+            # What is narrower than four bytes travels as float32, or not this way. From accelerators gradients travel
+            # under the backward pass; ranks have compared their groups, and so whether they have any.
             self._neighbours = self._meet(packed_bytes((p.numel(), max(4, p.element_size())) for p in self._parameters))
         self._trainable()
 
