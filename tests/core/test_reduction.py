@@ -69,5 +69,5 @@ def test_what_is_divided_before_the_sum_is_given_back_after(predivide: float, sc
 
 def test_who_updates() -> None:
     assert EveryStep() == EveryStep(update="local")
-    with pytest.raises(PlanError, match="takes 'local' in this version, got 'central'"):
-        EveryStep(update="central")
+    with pytest.raises(PlanError, match='takes "local", "central" or "sharded", got \'nowhere\''):
+        EveryStep(update="nowhere")
