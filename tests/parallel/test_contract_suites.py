@@ -41,7 +41,7 @@ TABLE = [
     (TORCH, "horovodrun", 2, Part.EXCHANGES),
     (TORCH, "horovodrun-gloo", 2, Part.EXCHANGES),
     (TORCH, "mpirun", 4, Part.GRADIENTS_AND_ROUNDS),
-    (TORCH, "alone", 1, Part.EVERYTHING),
+    (TORCH, "alone", 1, Part.GRADIENTS_AND_ROUNDS),
     (TENSORFLOW, "mpirun", 2, Part.EVERYTHING),
     (TENSORFLOW, "mpirun", 3, Part.PROCESS_SETS),
     (TENSORFLOW, "horovodrun", 2, Part.EXCHANGES),
@@ -54,7 +54,7 @@ TABLE = [
     (KERAS_TORCH, "mpirun", 2, Part.EVERYTHING),
     (KERAS_TORCH, "mpirun", 3, Part.PROCESS_SETS),
     (KERAS_TORCH, "horovodrun-gloo", 2, Part.EXCHANGES),
-    (KERAS_TORCH, "alone", 1, Part.EVERYTHING),
+    (KERAS_TORCH, "alone", 1, Part.GRADIENTS_AND_ROUNDS),
 ]
 
 
