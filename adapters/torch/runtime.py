@@ -12,6 +12,7 @@ import torch
 from hvdscale.runtime.session import Membership, join, prepare
 from hvdscale.runtime.transport import RankSet
 from hvdscale.torch.handles import forget_all
+from hvdscale.torch.unnamed import count_anew, name_the_unnamed
 
 __all__ = ["control", "elastic", "init", "neighbours", "runtime_settings", "shutdown", "world"]
 
@@ -37,6 +38,8 @@ def init(comm: Any = None, process_sets: Sequence[Any] | str | None = None) -> N
     preparation = prepare()
     if 0 < preparation.threads < torch.get_num_threads():
         torch.set_num_threads(preparation.threads)
+    name_the_unnamed()
+    count_anew()
     _horovod.init(comm, process_sets)
     _membership.enter(join(preparation, _horovod, _gather, comm))
 

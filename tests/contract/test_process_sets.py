@@ -31,3 +31,15 @@ def test_each_process_set_is_made_once(driver: ContractDriver, rank: int, size: 
     for ranks in ([], [0, 0], [size], [-1]):
         with pytest.raises(driver.hvd.PlanError, match="A group holds different ranks out of 0 to"):
             intern([ranks])
+
+
+def test_operations_without_a_name_meet_after_one_rank_worked_alone(
+    driver: ContractDriver, rank: int, size: int
+) -> None:
+    hvd = driver.hvd
+    (alone,) = importlib.import_module(f"hvdscale.{FRAMEWORK}.process_sets").intern([[size - 1]])
+    one = driver.tensor(np.float32([1]))
+    for _ in range(3 if rank == size - 1 else 0):
+        assert driver.numpy(hvd.allreduce(one, op=hvd.Sum, process_set=alone)) == 1
+    assert driver.numpy(hvd.allreduce(one, op=hvd.Sum)) == size
+    assert len(driver.numpy(hvd.allgather(one))) == size

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hvdscale.sync import Reduction
-from hvdscale.torch import handles
+from hvdscale.torch import handles, process_sets
 
 DTYPES = [
     torch.uint8,
@@ -236,3 +236,12 @@ def test_adasum_of_sparse_gradients_is_refused(hvd: Any, size: int) -> None:
     if size > 1:
         with pytest.raises(hvd.PlanError, match="sparse_as_dense=True"):
             hvd.reduce_gradients([GRADIENTS[5](0)], Reduction("adasum"))
+
+
+def test_backward_passes_meet_after_one_rank_worked_alone(hvd: Any, rank: int, size: int) -> None:
+    (alone,) = process_sets.intern([[0]])
+    for _ in range(2 if rank == 0 else 0):
+        hvd.allreduce(torch.ones(1), process_set=alone)
+    value = torch.full((2,), rank + 1.0, requires_grad=True)
+    hvd.allreduce(value, op=hvd.Sum).sum().backward()
+    assert value.grad.tolist() == [size, size]
