@@ -51,7 +51,8 @@ class ShardedBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.feed.batches():
             self.feed.deliver()
-            yield batch.indices.tolist()
+            if len(batch):
+                yield batch.indices.tolist()
         self.feed.finish()
 
     @property

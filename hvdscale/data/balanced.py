@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import heapq
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +37,8 @@ class BalancedPlan:
     A shard gets other samples than its own: with policy ``"hash"`` equal keys then meet on no certain rank.
 
     Ranks get different numbers of samples (``batch.count``); average by samples or tokens. Where a last global
-    batch has fewer samples than there are ranks, some ranks get an empty batch.
+    batch has fewer samples than there are ranks, some ranks get an empty batch, and their loaders one batch less.
+    With tail ``"pad"`` these get one sample that is not valid, and all ranks as many batches.
 
     Args:
         plan: the plan, with one shard per rank.
@@ -144,7 +146,10 @@ class BalancedReader(Delivery):
             samples = np.concatenate([part.indices[: part.count] for part in step.parts.values()])
             lengths: Int64s = np.asarray(self.plan.lengths)[samples]
             mine = samples[self.plan.owners(lengths) == self.shard]
-            batch = Batch(mine, len(mine), step.epoch, step.number, step.last)
+            count = len(mine)
+            if not count and self.plan.plan.tail == "pad":
+                mine = samples[:1]  # something to compute with, so that ranks keep in step
+            batch = Batch(mine, count, step.epoch, step.number, step.last)
             self._drawn.append((batch, step))
             yield batch
 
@@ -161,6 +166,19 @@ class BalancedReader(Delivery):
         """Global batches of one epoch (default: the current one), delivered or not."""
         at = self._epoch if epoch is None else epoch
         return max(reader.steps(at) for reader in self._readers)
+
+    def filled_steps(self, epoch: int | None = None) -> int:
+        """How many of them bring this rank a batch with something in it: the first ones."""
+        at = self._epoch if epoch is None else epoch
+        if self.plan.plan.tail == "pad":
+            return self.steps(at)
+        size, sizes = self._readers[0].batch_size, self.plan.plan.reading(at).sizes
+
+        def nothing(step: int) -> bool:
+            """``balance`` gives each of the first ranks one sample before it gives any rank two."""
+            return int(np.clip(sizes - step * size, 0, size).sum()) <= self.shard
+
+        return bisect.bisect_left(range(self.steps(at)), True, key=nothing)
 
     def certificate(self, epoch: int | None = None) -> int:
         """The sum, modulo 2**64, for the samples of an epoch that this rank was given; see ``Reader.certificate``.
@@ -189,7 +207,7 @@ class BalancedReader(Delivery):
         _, step = self._drawn.popleft()
         for shard, part in step.parts.items():
             self._readers[shard].deliver(part)
-        self._sums[batch.epoch] = add_sums([self._sums.get(batch.epoch, 0), sum_of(batch.indices)])
+        self._sums[batch.epoch] = add_sums([self._sums.get(batch.epoch, 0), sum_of(batch.indices[: batch.count])])
         self._delivered += 1
         self._epoch, self._step = (batch.epoch + 1, 0) if batch.last else (batch.epoch, batch.step + 1)
         self._forget()

@@ -39,7 +39,7 @@ class BatchReader(Protocol):
 
     def deliver(self, batch: Batch) -> None: ...
 
-    def steps(self, epoch: int | None = None) -> int: ...
+    def filled_steps(self, epoch: int | None = None) -> int: ...
 
     def certificate(self, epoch: int | None = None) -> int: ...
 
@@ -68,10 +68,11 @@ class Feed:
         return self._epoch
 
     def __len__(self) -> int:
-        """Batches of this pass that are not delivered yet."""
+        """Batches of this pass with something in them that are not delivered yet."""
         if self.reader.epoch > self._epoch:
             return 0
-        return self.reader.steps(self._epoch) - (self.reader.step if self.reader.epoch == self._epoch else 0)
+        given = self.reader.step if self.reader.epoch == self._epoch else 0
+        return max(0, self.reader.filled_steps(self._epoch) - given)
 
     def batches(self) -> Iterator[Batch]:
         """The rest of this pass. What an earlier call drew and nobody delivered is drawn again."""

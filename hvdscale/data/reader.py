@@ -74,6 +74,10 @@ class Reader(Delivery):
         sizes = self.plan.reading(self._epoch if epoch is None else epoch).sizes
         return int(steps_of(sizes, self.batch_size, self.plan.tail)[self.shard])
 
+    def filled_steps(self, epoch: int | None = None) -> int:
+        """How many of them have something in them: all."""
+        return self.steps(epoch)
+
     def dropped(self, epoch: int | None = None) -> Int64s:
         """The samples of this shard that tail ``"drop"`` leaves out of the epoch: int64[...], empty for other tails."""
         if self.plan.tail != "drop":

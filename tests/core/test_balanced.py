@@ -31,7 +31,7 @@ def epoch_of(plan: BalancedPlan, batch_size: int, epoch: int = 0) -> list[list[B
 
 
 def samples(batches: list[Batch]) -> list[int]:
-    return [int(i) for batch in batches for i in batch.indices]
+    return [int(i) for batch in batches for i in batch.indices[: batch.count]]
 
 
 @settings(max_examples=40, deadline=None)
@@ -52,7 +52,10 @@ def test_every_sample_once_in_every_epoch(
         assert sorted(itertools.chain(*map(samples, ranks))) == list(range(n))
         assert len({len(batches) for batches in ranks}) == 1, "all ranks take as many steps"
         assert len(ranks[0]) == plan.reader(0, batch_size).steps(epoch)
-        for batches in ranks:
+        for shard, batches in enumerate(ranks):
+            filled = [batch.step for batch in batches if len(batch)]
+            assert filled == list(range(plan.reader(shard, batch_size).filled_steps(epoch))), "the first ones"
+            assert tail == "exact" or len(filled) == len(batches), "a loader gives all ranks as many"
             assert [batch.step for batch in batches] == list(range(len(batches)))
             assert [batch.last for batch in batches] == [False] * (len(batches) - 1) + [True] * bool(batches)
 
@@ -125,6 +128,21 @@ def test_a_reader_goes_on_into_the_next_epoch() -> None:
 def test_ranks_of_a_tiny_last_step_get_empty_batches() -> None:
     ranks = epoch_of(balanced(4 * 3 * 2 + 1, 4), 3)
     assert sorted(len(batches[-1]) for batches in ranks) == [0, 0, 0, 1]
+    ranks = epoch_of(balanced(4 * 3 * 2 + 1, 4, tail="pad"), 3)
+    assert sorted(batches[-1].count for batches in ranks) == [0, 0, 0, 1]
+    assert {len(batches[-1]) for batches in ranks} == {1}, "one that is not valid fills"
+
+
+@pytest.mark.parametrize(("tail", "passes"), [("exact", [3, 2, 2, 2]), ("pad", [3, 3, 3, 3])])
+def test_a_pass_is_as_long_as_it_says(tail: str, passes: list[int]) -> None:
+    feeds = [Feed(balanced(4 * 3 * 2 + 1, 4, tail=tail), shard, 3) for shard in range(4)]
+    assert [len(feed) for feed in feeds] == passes
+    for feed, count in zip(feeds, passes, strict=True):
+        for left, batch in zip(range(count, 0, -1), filter(len, feed.batches()), strict=True):
+            assert len(feed) == left
+            assert feed.deliver() is batch
+        feed.finish()
+        assert (feed.epoch, len(feed)) == (1, count)
 
 
 def two_states() -> list[dict[str, Any]]:
