@@ -57,11 +57,15 @@ def _reduce_before_check(plain: Callable[..., Any]) -> Callable[..., Any]:
         grads = reducer.complete(grads, variables)
         if not grads:
             return plain(self, grads, trainable_variables)
-        if reducer.relaxed and reducer.accumulator.passes == 1:
+        if reducer.relaxed:  # a step counts, and a pass does, also where this rank alone leaves it out
+            if reducer.accumulator.passes > 1:
+                with reducer.accumulator.counted_outside():
+                    plain(self, grads, variables)
+                return inner.finish_pass(grads, variables)
             grads = reducer.reduce(grads, variables)  # in a warm-up
             with reducer.already_reduced():
                 result = plain(self, grads, variables)
-            reducer.after_step()  # the step counts, also where this rank alone leaves it out
+            reducer.after_step()
             return result
         if reducer.accumulator.passes > 1 or inner.defers:
             everywhere = functools.partial(

@@ -223,7 +223,12 @@ class _Distributed:
             if not self.built:  # type: ignore[has-type]
                 self.build(variables)  # no variable can be made inside the branch that follows
                 self.built = True
-            return reducer.accumulator.add(grads, variables, lambda sums: self._reduce_and_step(plain, sums, variables))
+            reducer.accumulator.add(grads, variables)
+            if reducer.accumulator.counts:
+                reducer.accumulator.count(
+                    grads, variables, lambda sums, _: self._reduce_and_step(plain, sums, variables)
+                )
+            return None
         if self.defers and reducer.placed is None:
             reducer.deferred = [v for g, v in zip(grads, variables, strict=True) if g is not None]
             try:
@@ -240,6 +245,20 @@ class _Distributed:
         result = plain.apply(self._hvdscale.reduce(grads, variables), variables)
         self._hvdscale.after_step()
         return result
+
+    def finish_pass(self, grads: Sequence[Any], variables: Sequence[Any]) -> None:
+        """Count a backward pass that loss scaling may have left out here; where all of a step's were, it is, too."""
+        reducer = self._hvdscale
+        plain: Any = super()
+
+        def go_on(sums: list[Any], kept: Any) -> None:
+            reduced = reducer.reduce(sums, variables)
+            keras.ops.cond(
+                keras.ops.greater(reducer.heard(kept), 0), lambda: plain.apply(reduced, variables), lambda: None
+            )
+            reducer.after_step()
+
+        reducer.accumulator.count(grads, variables, go_on)
 
     def _step_on_slices(self, plain: Any, grads: Sequence[Any], variables: Sequence[Any]) -> Any:
         placed = self._hvdscale.placed

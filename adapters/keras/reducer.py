@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from keras import ops
+
 from hvdscale.errors import PlanError
 from hvdscale.keras.accumulator import Accumulator
 from hvdscale.keras.backend import verbs
@@ -262,6 +264,14 @@ class Reducer:
         if not local.has_warmup or self.suspended:
             return list(gradients)
         return verbs.only_if(local.warming_up, lambda g: self._reduced(g, variables), list(gradients))
+
+    def heard(self, kept: Any) -> Any:
+        """Of how many passes, ``kept`` of them this rank's, the reduced gradients are; float32."""
+        kept, local = ops.cast(kept, "float32"), self._training
+        if local is None or not local.has_warmup or not self.exchanges:
+            return kept
+        name, ranks = f"{self.plan.name}.kept", self.plan.process_set
+        return verbs.only_if(local.warming_up, lambda own: [verbs.sum_over_ranks(own[0], ranks, name)], [kept])[0]
 
     def after_step(self) -> None:
         """The optimizer has made a step, or left it out."""

@@ -79,6 +79,46 @@ def test_a_step_left_out_on_one_rank_shifts_no_round(driver: ContractDriver, ran
     assert_equal_everywhere(model.weights)
 
 
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_a_pass_left_out_on_one_rank_counts_and_no_batch_waits_for_other_ranks(
+    driver: ContractDriver, rank: int, size: int, warmup: int
+) -> None:
+    """Accumulating under loss scaling: other ranks have more batches, and one step of this one has no pass at all."""
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = network([0.1 * w for w in START])
+    finally:
+        keras.config.set_dtype_policy("float32")
+    start = weights_of(model)
+    inner = driver.hvd.DistributedOptimizer(
+        SGD(0.1, momentum=0.9), model=model, backward_passes_per_step=2, sync=LocalSGD(100, warmup=warmup)
+    )
+    batches = [(np.float32(0.1) * x, np.float32(0.1) * y) for x, y in own_batches(6 + 4 * (rank > 0))]
+    if rank == 0:
+        for step in (1, 4, 5):  # the second pass of the first step, and the third step
+            batches[step][0][0, 0] = np.inf
+    fit(model, inner, batches)
+    assert inner.sync.metrics()["steps"] == 3 + 2 * (rank > 0)
+    made = 3 if warmup and size > 1 else 2  # in a warm-up the others' gradients count
+    made = made if rank == 0 else len(batches) // 2
+    assert int(inner.iterations) == made
+    scaler = model.optimizer
+    assert float(scaler.dynamic_scale) == scaler.initial_scale / (8 if rank == 0 else 1)
+    if rank == 0 and warmup == 0:
+        finite = [b for step, b in enumerate(batches) if step not in (1, 4, 5)]
+        alone = network(start)
+        plain = SGD(0.1, momentum=0.9)
+        plain.build(alone.trainable_variables)
+        for passes in (finite[:1], finite[1:]):
+            each = [gradients(alone, batch) for batch in passes]
+            plain.apply([sum(keras.ops.convert_to_tensor(g) for g in them) for them in zip(*each, strict=True)])
+        assert_close(weights_of(model), weights_of(alone), 3e-3)
+        moved = max(float(np.abs(a - b).max()) for a, b in zip(weights_of(alone), start, strict=True))
+        assert moved > 1e-2  # far more than the tolerance
+    inner.sync.flush()
+    assert_equal_everywhere(model.weights)
+
+
 def test_a_rank_with_nan_does_not_vote_and_recovers(driver: ContractDriver, rank: int, size: int) -> None:
     model = network(START)
     optimizer = driver.hvd.DistributedOptimizer(SGD(0.1), model=model, sync=LocalSGD(2))
