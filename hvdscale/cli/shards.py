@@ -50,6 +50,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--keys", choices=("text", "integers"), default="text", help="what a line is as a key (default: text)"
     )
+    parser.add_argument("--even", action="store_true", help="even out the shards of keys by how many samples they have")
     parser.add_argument("--unique", action="store_true", help="refuse keys that occur twice")
     parser.add_argument("--weights", type=_numbers, metavar="W,W,...", help="one positive number per shard")
     parser.add_argument("--resize", type=int, metavar="K", help="also show the plan over K shards, and what moves")
@@ -72,6 +73,7 @@ def _run(arguments: argparse.Namespace) -> int:
         keys=keys,
         weights=arguments.weights,
         unique_keys=arguments.unique,
+        even=arguments.even,
     )
     after, move = (None, None)
     if arguments.resize is not None:

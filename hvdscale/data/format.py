@@ -14,15 +14,16 @@ import numpy as np
 import xxhash
 
 from hvdscale.data.certificate import known_total
-from hvdscale.data.hashed import owner_table
 from hvdscale.data.hashing import derive_words, hash_keys
 from hvdscale.data.permutation import Permutation
 from hvdscale.data.positional import Positional, layout_of
 from hvdscale.data.types import Share
+from hvdscale.data.units import owner_table
 
-__all__ = ["FORMAT", "fingerprint", "vectors"]
+__all__ = ["EVEN_FORMAT", "FORMAT", "fingerprint", "vectors"]
 
 FORMAT = "shard-v1"
+EVEN_FORMAT = "even-v1"  # of how units go to shards that are even by their samples: not among the vectors
 _RESIZED: tuple[Share, ...] = ((4, None), (7, None), (3, (1.0, 2.5, 3.0)))
 
 

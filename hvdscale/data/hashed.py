@@ -9,32 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
+from hvdscale.data.even import even_table
 from hvdscale.data.keys import UNITS, HashedKeys, IndexKeys
-from hvdscale.data.layouts import EndToEnd, Intervals
-from hvdscale.data.types import BLOCK, Int64s, Share
+from hvdscale.data.types import BLOCK, Int64s, Share, Table
+from hvdscale.data.units import owner_table
 
-__all__ = ["Hashed", "moved_units", "owner_table"]
-
-Table = npt.NDArray[np.uint16]
+__all__ = ["Hashed", "moved_units", "table_of"]
 
 _SCAN = 1 << 14  # samples looked at together: temporaries stay in the cache
 
 
-@lru_cache(maxsize=16)  # plans, their readings and streams ask for the same few
-def owner_table(shares: tuple[Share, ...]) -> Table:
-    """The shard of each unit after the first share and every resize after it: uint16[65536], read-only."""
-    shards, weights = shares[0]
-    layout = Intervals.contiguous(EndToEnd(UNITS), shards, weights)
-    for shards, weights in shares[1:]:
-        layout, _ = layout.resized(shards, weights)
-    table = np.repeat(layout.owners, np.diff(layout.starts, append=UNITS)).astype(np.uint16)
-    table.flags.writeable = False
-    return table
+def table_of(keys: HashedKeys | IndexKeys, shares: tuple[Share, ...], even: bool) -> Table:
+    """The shard of each unit: by the units alone, or ``even``, by the samples in them."""
+    return even_table(keys, shares) if even and isinstance(keys, HashedKeys) else owner_table(shares)
 
 
 @dataclass(frozen=True)
@@ -43,15 +35,18 @@ class Hashed:
 
     keys: HashedKeys | IndexKeys
     shares: tuple[Share, ...]
+    even: bool = False
     read: tuple[tuple[Table, Int64s], ...] = ()  # (uint16[65536], int64[shards], samples from here on are unread)
 
     @cached_property
     def table(self) -> Table:
-        return owner_table(self.shares)
+        return table_of(self.keys, self.shares, self.even)
 
     @cached_property
     def sizes(self) -> Int64s:
         shards = self.shares[-1][0]
+        if isinstance(self.keys, HashedKeys) and not self.read:
+            return np.bincount(self.table, self.keys.counts, minlength=shards).astype(np.int64)
         counts = np.zeros(shards, np.int64)
         for start in range(0, len(self.keys), _SCAN):
             counts += np.bincount(self._scan(start)[1], minlength=shards)
@@ -82,7 +77,7 @@ class Hashed:
         return owners
 
     def after(self, delivered: Int64s, shares: tuple[Share, ...]) -> Hashed:
-        return Hashed(self.keys, shares, (*self.read, (self.table, self._unread_from(delivered))))
+        return Hashed(self.keys, shares, self.even, (*self.read, (self.table, self._unread_from(delivered))))
 
     def _unread_from(self, delivered: Int64s) -> Int64s:
         """For each shard where its samples begin that come after its first ``delivered[shard]``: int64[shards]."""
@@ -120,5 +115,4 @@ def moved_units(keys: HashedKeys | IndexKeys, before: Table, after: Table) -> fl
     changed = before != after
     if isinstance(keys, IndexKeys) or not len(keys):
         return float(np.count_nonzero(changed) / UNITS)
-    counts = np.bincount(keys.units(0, len(keys)), minlength=UNITS)
-    return float(counts[changed].sum() / len(keys))
+    return float(keys.counts[changed].sum() / len(keys))

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from hvdscale.data.hashing import derive_words, hash_blocks, hash_integers
-from hvdscale.data.types import Int64s, Keys, UInt64s
+from hvdscale.data.types import Int64s, Keys, Share, Table, UInt64s
 from hvdscale.errors import PlanError
 
 __all__ = ["UNITS", "HashedKeys", "IndexKeys", "hash_units", "salt_of"]
 
 UNITS = 1 << 16
+_COUNTED = 1 << 20  # samples counted at a time: bincount makes 8 bytes of the 2 of each
 _SHIFT = np.uint64(48)  # the unit is the hash's top 16 bits
 
 
@@ -87,6 +89,19 @@ class HashedKeys:
     def units_of(self, samples: Int64s) -> npt.NDArray[np.uint16]:
         """Units of these samples, in their shape."""
         return self._units[samples]
+
+    @cached_property
+    def even_tables(self) -> dict[tuple[Share, ...], Table]:
+        """What ``even_table`` has made for these keys, by shares."""
+        return {}
+
+    @cached_property
+    def counts(self) -> Int64s:
+        """Samples in each unit: int64[65536]."""
+        counts = np.zeros(UNITS, np.int64)
+        for start in range(0, len(self), _COUNTED):
+            counts += np.bincount(self._units[start : start + _COUNTED], minlength=UNITS)
+        return counts
 
 
 def _refuse_repeats(keys: Keys, hashes: list[UInt64s]) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hvdscale.data.certificate import known_total
-from hvdscale.data.checks import integer, numbers_below, one_of, weights_for
-from hvdscale.data.hashed import Hashed, moved_units, owner_table
+from hvdscale.data.checks import instance, integer, numbers_below, one_of, weights_for
+from hvdscale.data.hashed import Hashed, moved_units
 from hvdscale.data.hashing import hash_blocks, key_vector
 from hvdscale.data.interruption import Interruption
 from hvdscale.data.keys import HashedKeys, IndexKeys, hash_units, salt_of
@@ -53,6 +53,8 @@ class ShardPlan:
             fills them is marked as not valid. ``"drop"``: all shards have as many batches, all full; the reader
             says which samples are left out.
         unique_keys: refuse keys that occur twice.
+        even: for ``"hash"`` with keys: as even as units of the hash go, max/mean within 1.01 where no key comes very
+            often and shards are few. A key's shard then depends on all keys: as the data grows, samples move.
         resized_from: the shards and weights before each ``resize``; set by it.
         interrupted: epochs read in part; set by ``resume``.
         first_epoch: where readers start; set by ``resume``.
@@ -69,6 +71,7 @@ class ShardPlan:
     weights: Sequence[float] | None = field(default=None, kw_only=True)
     tail: TailName = field(default="exact", kw_only=True)
     unique_keys: bool = field(default=False, kw_only=True, repr=False, compare=False)
+    even: bool = field(default=False, kw_only=True)
     resized_from: tuple[Share, ...] = field(default=(), kw_only=True)
     interrupted: tuple[Interruption, ...] = field(default=(), kw_only=True, repr=False)
     first_epoch: int = field(default=0, kw_only=True)
@@ -82,6 +85,9 @@ class ShardPlan:
         one_of("tail", self.tail, get_args(TailName))
         weights = weights_for(shards, self.weights)
         keys = self._hashed_keys(n, seed)
+        instance("even", self.even, bool)
+        if self.even and keys is None:
+            raise PlanError('even is for policy "hash" with keys; "random" and "ordered" are even by themselves.')
         checked: dict[str, object] = {"n": n, "shards": shards, "seed": seed, "weights": weights, "keys": keys}
         checked["first_epoch"] = integer("first_epoch", self.first_epoch, 0)
         checked["keys_digest"] = "" if keys is None else keys.digest
@@ -144,7 +150,7 @@ class ShardPlan:
         """
         if self.policy != "hash":
             raise PlanError(f'Only policy "hash" places keys; the policy is "{self.policy}".')
-        vector, table = key_vector(keys), owner_table(self.shares)
+        vector, table = key_vector(keys), self._hashed.table
         out = np.empty(len(vector), np.int32)
         place = 0
         for hashes in hash_blocks(vector, salt_of(self.seed)):
@@ -169,7 +175,7 @@ class ShardPlan:
     def _first_reading(self, shares: tuple[Share, ...], epoch: int) -> Reading:
         own = shares == self.shares
         if self.policy == "hash":
-            return self._hashed if own else Hashed(self._key_units, shares)
+            return self._hashed if own else Hashed(self._key_units, shares, self.even)
         dealt = self.policy == "random"
         layout = self._layout if own else layout_of(self.n, shares, dealt)
         return Positional(layout, shares, Permutation(self.n, (self.seed, epoch)) if dealt else None)
@@ -203,7 +209,7 @@ class ShardPlan:
         after = dataclasses.replace(self, shards=shards, weights=weights, resized_from=self.shares)
         ideal = ideal_move(self.shares[-1], after.shares[-1])
         if self.policy == "hash":
-            return after, Move(moved_units(self._key_units, owner_table(self.shares), owner_table(after.shares)), ideal)
+            return after, Move(moved_units(self._key_units, self._hashed.table, after._hashed.table), ideal)
         after.__dict__["_layout"], moved = resized(self._layout, after.shares[-1])  # no need to replay the lineage
         return after, Move(moved / max(self.n, 1), ideal)
 
@@ -257,6 +263,7 @@ class ShardPlan:
             keys=past.checked_keys(keys),
             weights=share[1],
             tail=past.tail,
+            even=past.even,
             resized_from=lineage,
         )
         past.check_digest(before.keys_digest)
@@ -288,7 +295,7 @@ class ShardPlan:
 
     @cached_property
     def _hashed(self) -> Hashed:
-        return Hashed(self._key_units, self.shares)
+        return Hashed(self._key_units, self.shares, self.even)
 
     def _shard(self, shard: int) -> int:
         return integer("shard", shard, 0, self.shards - 1)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from hvdscale.data.certificate import REMEMBERED_EPOCHS, add_sums
 from hvdscale.data.checks import integer, one_of, states_of_all, weights_for
-from hvdscale.data.format import FORMAT, fingerprint
+from hvdscale.data.format import EVEN_FORMAT, FORMAT, fingerprint
 from hvdscale.data.interruption import Interruption, Leg
 from hvdscale.data.types import Int64s, Keys, PolicyName, Share, TailName
 from hvdscale.errors import PlanError, StateError
@@ -41,6 +41,7 @@ class Past:
     tail: TailName
     shares: tuple[Share, ...]
     keys_digest: str
+    even: bool
     interrupted: tuple[Interruption, ...]
     positions: tuple[Position, ...]
 
@@ -134,6 +135,7 @@ def _plan_facts(plan: ShardPlan) -> dict[str, Any]:
         "tail": plan.tail,
         "shares": _shares_to_json(plan.shares),
         "keys_digest": plan.keys_digest,
+        **({"even": EVEN_FORMAT} if plan.even else {}),  # left out where it is not, as in older states
         "interrupted": [
             {
                 "epoch": each.epoch,
@@ -187,6 +189,7 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> Past:
             plan["tail"],
             shares,
             str(plan["keys_digest"]),
+            _even(plan.get("even")),
             tuple(_interruption(each) for each in plan["interrupted"]),
             tuple(positions),
         )
@@ -260,6 +263,12 @@ def _interruption(saved: Mapping[str, Any]) -> Interruption:
         legs.append(Leg(shares, delivered))
     certificate = None if saved["certificate"] is None else _sum(saved["certificate"])
     return Interruption(integer("epoch", saved["epoch"], 0), tuple(legs), certificate)
+
+
+def _even(saved: object) -> bool:
+    if saved not in (None, EVEN_FORMAT):
+        raise PlanError(f"even shards are made as {EVEN_FORMAT!r} here; this state's as {saved!r}.")
+    return saved is not None
 
 
 def _sum(text: str) -> int:

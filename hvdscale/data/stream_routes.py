@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hvdscale.data.hashed import owner_table
 from hvdscale.data.hashing import hash_keys
 from hvdscale.data.keys import hash_units, salt_of
 from hvdscale.data.permutation import Permutation
 from hvdscale.data.types import Int64s
+from hvdscale.data.units import owner_table
 from hvdscale.errors import PlanError
 
 __all__ = ["ByKey", "InOrder", "InWindows", "Picked", "Route", "Wanted"]

@@ -8,13 +8,14 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BLOCK", "Int64s", "Keys", "PolicyName", "Reading", "Share", "TailName", "UInt64s"]
+__all__ = ["BLOCK", "Int64s", "Keys", "PolicyName", "Reading", "Share", "Table", "TailName", "UInt64s"]
 
 Int64s = npt.NDArray[np.int64]
 UInt64s = npt.NDArray[np.uint64]
 Keys: TypeAlias = "Sequence[Any] | npt.NDArray[Any]"
 PolicyName = Literal["ordered", "random", "hash"]
 TailName = Literal["exact", "pad", "drop"]
+Table = npt.NDArray[np.uint16]  # the shard of each of the 65536 units of the hash
 Share: TypeAlias = "tuple[int, tuple[float, ...] | None]"  # shards and their weights
 
 BLOCK = 1 << 16  # samples in a block of a lazy reading

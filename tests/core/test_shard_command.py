@@ -54,6 +54,12 @@ def test_the_report_names_the_key_that_weighs_most(tmp_path: Path, capsys: pytes
     assert "3 distinct keys; the most frequent, 'b', comes 2 times" in capsys.readouterr().out
 
 
+def test_even_shards(keys_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = figures(capsys, keys_file, "--shards", "4", "--even", "--resize=5")
+    assert (shown["sizes"], shown["resized"]["sizes"]) == ([125] * 4, [100] * 5)
+    assert shown["resized"]["moved"] == 0.2
+
+
 def test_integer_lines_are_integer_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "users").write_text("".join(f"{i}\n" for i in range(300)))
     shown = figures(capsys, str(tmp_path / "users"), "--shards", "3", "--keys", "integers")
@@ -76,6 +82,7 @@ def test_several_files_and_a_pipe_are_one_text(
         (["FILE", "--shards", "2", "--keys", "integers"], "line 1 is 'document 0'. Try --keys text"),
         (["FILE", "--shards", "2", "--resize-weights", "1,2"], "give that too"),
         (["FILE", "--shards", "2", "--policy", "random", "--unique"], "has keys to be unique"),
+        (["FILE", "--shards", "2", "--policy", "ordered", "--even"], "by themselves"),
         (["FILE", "FILE", "--shards", "2", "--unique"], "500 repeat an earlier one"),
         (["missing.txt", "--shards", "2"], "missing.txt"),
     ],
