@@ -29,6 +29,7 @@ from hvdscale.runtime.process import end_session
 
 __all__ = [
     "BenchError",
+    "Launch",
     "Process",
     "Results",
     "Target",
@@ -36,6 +37,7 @@ __all__ = [
     "arguments",
     "finish",
     "interleave",
+    "end_on_sigterm",
     "launch",
     "run_once",
     "slowest",
@@ -110,8 +112,12 @@ class Results:
         return statistics.median(self.samples[variant][metric])
 
     def ratio(self, metric: str, of: str, to: str) -> float:
-        """Median of ``of`` over median of ``to``: above 1, ``to`` is the faster, or takes the less memory."""
-        return self.median(of, metric) / self.median(to, metric)
+        """``of`` over ``to``: above 1, ``to`` is the faster, or takes the less memory.
+
+        The median of what each round gave: what slows the machine for a while slows both sides of a round.
+        """
+        above, below = self.samples[of][metric], self.samples[to][metric]
+        return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
     def ratio_to(self, role: str, metric: str, variant: str) -> float | None:
         """``variant``'s time over that of the first variant with this role; ``None`` where that one has no figure."""
@@ -161,50 +167,84 @@ def launch(variant: Variant, folder: Path, deadline_seconds: float) -> list[dict
     Raises:
         BenchError: as ``run_once``.
     """
-    _run_group(variant, folder, deadline_seconds)
-    left = [json.loads(p.read_text()) for p in sorted(folder.glob("result-*.json"))]
-    if len(left) != variant.ranks:
-        raise BenchError(f"{variant.name}: {len(left)} ranks left a result, {variant.ranks} must.")
-    if len({result["same_everywhere"] for result in left}) > 1:
-        raise BenchError(f"{variant.name}: its ranks ended with different weights, so it did not keep them in step.")
-    return left
+    with Launch(variant, folder) as started:
+        return started.finish(time.monotonic() + deadline_seconds)
 
 
-def _run_group(variant: Variant, folder: Path, deadline_seconds: float) -> None:
-    common = {
-        **{k: v for k, v in os.environ.items() if not k.startswith(_PRIVATE)},
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(REPOSITORY),
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "BENCH_FOLDER": str(folder),
-    }
-    end = time.monotonic() + deadline_seconds
-    started: list[subprocess.Popen[bytes]] = []
-    logs = [folder / f"log-{i}" for i in range(len(variant.processes))]
-    try:
-        for process, log in zip(variant.processes, logs, strict=True):
-            with log.open("wb") as out:
-                started.append(
-                    subprocess.Popen(
-                        process.command,
-                        stdin=subprocess.DEVNULL,
-                        stdout=out,
-                        stderr=subprocess.STDOUT,
-                        env={**common, **process.env},
-                        cwd=REPOSITORY,
-                        start_new_session=True,
+class Launch:
+    """The processes of a variant, started together. Leaving the context ends what is left of them.
+
+    Args:
+        variant: what to start.
+        folder: where ranks leave their results (``BENCH_FOLDER``), and the processes what they print.
+        env: what all of them have in their environment beyond it.
+    """
+
+    def __init__(self, variant: Variant, folder: Path, env: Mapping[str, str] | None = None) -> None:
+        self.variant = variant
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._folder = folder
+        self._env = dict(env or {})
+
+    def __enter__(self) -> Launch:
+        common = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(_PRIVATE)},
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(REPOSITORY),
+            "OMPI_ALLOW_RUN_AS_ROOT": "1",
+            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            "BENCH_FOLDER": str(self._folder),
+            **self._env,
+        }
+        try:
+            for i, process in enumerate(self.variant.processes):
+                with (self._folder / f"log-{i}").open("wb") as out:
+                    self.processes.append(
+                        subprocess.Popen(
+                            process.command,
+                            stdin=subprocess.DEVNULL,
+                            stdout=out,
+                            stderr=subprocess.STDOUT,
+                            env={**common, **process.env},
+                            cwd=REPOSITORY,
+                            start_new_session=True,
+                        )
                     )
-                )
-        codes = [_wait(p, end) for p in started]
-    finally:
-        for p in started:
-            end_session(p)
-    if any(code != 0 for code in codes):
-        why = f"ran past its deadline of {deadline_seconds:.0f} s" if None in codes else f"ended with {codes}"
-        said = "\n".join(log.read_text(errors="replace")[-3000:] for log in logs)
-        raise BenchError(f"{variant.name} {why}. It said:\n{said}")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            end_session(process)
+
+    def finish(self, end: float) -> list[dict[str, Any]]:
+        """Wait for all processes until ``time.monotonic()`` is ``end``; what each rank left.
+
+        Raises:
+            BenchError: one ended with an error or not in time, or ranks ended with different weights.
+        """
+        codes = [_wait(p, end) for p in self.processes]
+        if None in codes:
+            raise self.error("ran past its deadline")
+        if any(codes):
+            raise self.error(f"ended with {codes}")
+        left = [json.loads(p.read_text()) for p in sorted(self._folder.glob("result-*.json"))]
+        if len(left) != self.variant.ranks:
+            raise BenchError(f"{self.variant.name}: {len(left)} ranks left a result, {self.variant.ranks} must.")
+        if len({result["same_everywhere"] for result in left}) > 1:
+            raise BenchError(
+                f"{self.variant.name}: its ranks ended with different weights, so it did not keep them in step."
+            )
+        return left
+
+    def error(self, why: str) -> BenchError:
+        """With what the processes printed; they are ended first, so that all of it is there."""
+        self.__exit__()
+        said = "\n".join(log.read_text(errors="replace")[-3000:] for log in sorted(self._folder.glob("log-*")))
+        return BenchError(f"{self.variant.name} {why}. It said:\n{said}")
 
 
 def _wait(process: subprocess.Popen[bytes], end: float) -> int | None:
@@ -214,7 +254,7 @@ def _wait(process: subprocess.Popen[bytes], end: float) -> int | None:
         return None
 
 
-def _end_on_sigterm() -> None:
+def end_on_sigterm() -> None:
     """A bench that is told to end leaves as by an exception, so that what it started is killed."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -227,7 +267,7 @@ def interleave(
     run: Callable[[Variant, float], Metrics] = run_once,
 ) -> Results:
     """Run all variants once, then all again, ``rounds`` times: a slow minute of the machine falls on all alike."""
-    _end_on_sigterm()
+    end_on_sigterm()
     samples: dict[str, dict[str, list[float]]] = {v.name: {} for v in variants}
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("", total=rounds * len(variants))
@@ -252,8 +292,8 @@ def arguments(about: str, rounds: int, steps: int, quick: tuple[int, int]) -> ar
     parser.add_argument(
         "--quick", nargs=0, default=False, action=Quick, help=f"{quick[0]} round(s) of {quick[1]} steps"
     )
-    parser.add_argument("--rounds", type=_positive, default=rounds, help="launches of each variant (%(default)s)")
-    parser.add_argument("--steps", type=_positive, default=steps, help="timed steps in a launch (%(default)s)")
+    parser.add_argument("--rounds", type=_positive, default=rounds, help="rounds in which each variant has a turn (%(default)s)")
+    parser.add_argument("--steps", type=_positive, default=steps, help="timed steps in a turn (%(default)s)")
     parser.add_argument("--deadline", type=float, default=120, help="seconds a launch may take (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write samples, medians and ratios there")
     parser.add_argument("--strict", action="store_true", help="exit with 1 when a target is missed")

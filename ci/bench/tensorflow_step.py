@@ -5,17 +5,17 @@ python -m ci.bench.tensorflow_step [--quick] [--json FILE]
 
 from __future__ import annotations
 
-from ci.bench.harness import Target, arguments, finish, interleave
+from ci.bench.harness import Target, arguments, finish
 from ci.bench.local import local_variants, settings_to_try
+from ci.bench.turns import take_turns
 
 RANKS = 2
-ROLES = {"independent": "limit", "strategy": "peer", "horovod": "peer", "hvdscale": "ours", "local_sgd": "peer"}
+ROLES = {"independent": "limit", "strategy": "peer", "horovod": "peer", "hvdscale": "ours"}
 NAMES = {
     "independent": "no communication",
     "strategy": "MultiWorkerMirroredStrategy",
     "horovod": "stock Horovod",
     "hvdscale": "hvdscale",
-    "local_sgd": "hvdscale, LocalSGD(32)",
 }
 TARGETS = (
     Target("no communication", 0.95),
@@ -25,7 +25,7 @@ TARGETS = (
 
 
 def main() -> int:
-    parser = arguments(__doc__ or "", rounds=4, steps=20, quick=(1, 8))
+    parser = arguments(__doc__ or "", rounds=15, steps=4, quick=(3, 3))
     parser.add_argument(
         *("--also", "-a"),
         action="append",
@@ -38,7 +38,7 @@ def main() -> int:
     variants, note = local_variants(
         "ci.bench.workers.tensorflow_step", RANKS, ROLES, NAMES, options.steps, options.also
     )
-    results = interleave(variants, options.rounds, options.deadline)
+    results = take_turns(variants, options.rounds, options.steps, options.deadline)
     return finish("GPT training step in TensorFlow, 2 ranks on one host", results, TARGETS, options, [note])
 
 

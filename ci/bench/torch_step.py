@@ -5,8 +5,9 @@ python -m ci.bench.torch_step [--quick] [--json FILE]
 
 from __future__ import annotations
 
-from ci.bench.harness import Target, arguments, finish, interleave
+from ci.bench.harness import Target, arguments, finish
 from ci.bench.local import local_variants, settings_to_try
+from ci.bench.turns import take_turns
 
 RANKS = 2
 ROLES = {"independent": "limit", "ddp": "peer", "horovod": "peer", "hvdscale": "ours"}
@@ -20,7 +21,7 @@ TARGETS = (Target("no communication", 0.95), Target("torch DDP (gloo)", 1.0), Ta
 
 
 def main() -> int:
-    parser = arguments(__doc__ or "", rounds=5, steps=20, quick=(1, 12))
+    parser = arguments(__doc__ or "", rounds=15, steps=4, quick=(3, 3))
     parser.add_argument(
         *("--also", "-a"),
         action="append",
@@ -31,7 +32,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     variants, note = local_variants("ci.bench.workers.torch_step", RANKS, ROLES, NAMES, options.steps, options.also)
-    results = interleave(variants, options.rounds, options.deadline)
+    results = take_turns(variants, options.rounds, options.steps, options.deadline)
     return finish("GPT training step in torch, 2 ranks on one host", results, TARGETS, options, [note])
 
 

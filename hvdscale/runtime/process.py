@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Finished", "end_session", "stream"]
+__all__ = ["Finished", "end_session", "signal_session", "stream"]
 
 _GRACE_SECONDS = 3.0
 
@@ -86,14 +86,20 @@ def end_session(process: subprocess.Popen[Any]) -> None:
     Politely first; then every process of it, because mpirun gives each rank a process group of its own.
     """
     if process.poll() is None:
+        signal_session(process, signal.SIGCONT)  # stopped processes hear nothing else
         _signal(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_GRACE_SECONDS)
-    for pid in _session_members(process.pid):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)
+    signal_session(process, signal.SIGKILL)
     _signal(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def signal_session(process: subprocess.Popen[Any], number: signal.Signals) -> None:
+    """Send a signal to every process of the session that ``process`` leads, started with ``start_new_session``."""
+    for pid in _session_members(process.pid):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, number)
 
 
 def _signal(group: int, number: signal.Signals) -> None:

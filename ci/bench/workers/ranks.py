@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 __all__ = ["digest", "leave_result", "mean_seconds", "median_seconds", "meet"]
 
 _FOLDER = "BENCH_FOLDER"
+_TURNS = "BENCH_TURNS"
 
 
 def meet(rank: int, ranks: int, timeout_seconds: float = 60) -> None:
@@ -29,15 +31,35 @@ def meet(rank: int, ranks: int, timeout_seconds: float = 60) -> None:
 
 
 def median_seconds(step: Callable[[], object], steps: int, warmup: int) -> float:
-    """Median time of one call, after ``warmup`` calls that do not count."""
+    """Median time of one call, after ``warmup`` calls that do not count.
+
+    Where variants take turns (``turns.py``), the harness says when to call, and how often.
+    """
     for _ in range(warmup):
         step()
+    took = list(_in_turns(step, os.environ[_TURNS])) if _TURNS in os.environ else _times(step, steps)
+    return statistics.median(took)
+
+
+def _times(step: Callable[[], object], steps: int) -> list[float]:
     took = []
     for _ in range(steps):
         start = time.perf_counter()
         step()
         took.append(time.perf_counter() - start)
-    return statistics.median(took)
+    return took
+
+
+def _in_turns(step: Callable[[], object], path: str) -> Iterator[float]:
+    """Line by line: the harness sends a number of steps, 0 at the end; this rank answers with their median."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(path)
+        with connection.makefile("rw") as lines:
+            while steps := int(lines.readline()):
+                took = _times(step, steps)
+                lines.write(f"{statistics.median(took)}\n")
+                lines.flush()
+                yield from took
 
 
 def digest(arrays: Iterable[np.ndarray]) -> str:

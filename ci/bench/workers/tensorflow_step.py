@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from ci.bench.workers.ranks import digest, leave_result, mean_seconds, median_seconds, meet
+from ci.bench.workers.ranks import digest, leave_result, median_seconds, meet
 
 WIDTH, LAYERS, HEADS, CONTEXT, VOCABULARY, BATCH = 256, 4, 4, 128, 256, 8
 
@@ -127,25 +127,7 @@ def hvdscale() -> tuple[int, int, keras.Model, Step]:
     return hvd.rank(), hvd.size(), model, step
 
 
-def local_sgd() -> tuple[int, int, keras.Model, Step]:
-    import hvdscale.tensorflow as hvd
-
-    hvd.init()
-    model, (ids, targets) = gpt(), batch(hvd.rank())
-    optimizer = hvd.DistributedOptimizer(keras.optimizers.AdamW(3e-4), model=model, sync=hvd.LocalSGD(PERIOD))
-
-    @tf.function
-    def step() -> tf.Tensor:
-        with tf.GradientTape() as tape:
-            loss = loss_of(model, ids, targets)
-        optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
-        return loss
-
-    return hvd.rank(), hvd.size(), model, step
-
-
-PERIOD = 32  # steps between two rounds of local SGD
-WAYS = {way.__name__: way for way in (independent, strategy, horovod, hvdscale, local_sgd)}
+WAYS = {way.__name__: way for way in (independent, strategy, horovod, hvdscale)}
 
 
 def main() -> None:
@@ -156,12 +138,7 @@ def main() -> None:
     keras.utils.set_random_seed(0)
     rank, ranks, model, step = WAYS[options.way]()
     meet(rank, ranks)
-    if options.way == "local_sgd":  # a round counts in full: from one period's end to the next one's
-        for _ in range(PERIOD):
-            step()
-        seconds = mean_seconds(step, PERIOD)
-    else:
-        seconds = median_seconds(step, options.steps, warmup=3)
+    seconds = median_seconds(step, options.steps, warmup=3)
     weights = None if options.way == "independent" else digest(v.numpy() for v in model.trainable_variables)
     leave_result(rank, weights, step=seconds)
 

@@ -1,0 +1,120 @@
+"""Variants that stay alive and take turns of a few steps each, seconds apart.
+
+Launches one after the other, as ``harness.interleave`` makes them, are most of a minute apart, and on a machine shared
+with others one minute differs from the next by more than what is to be measured. Here every variant is launched once.
+A variant whose turn is over is stopped (SIGSTOP), so that it takes nothing from the one that runs.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import Progress
+
+from ci.bench.harness import Launch, Results, Variant, end_on_sigterm
+from hvdscale.runtime.process import signal_session
+
+__all__ = ["take_turns"]
+
+
+def take_turns(variants: Sequence[Variant], rounds: int, steps: int, deadline_seconds: float) -> Results:
+    """``rounds`` rounds in which each variant trains ``steps`` steps; one sample per round, its slowest rank's median.
+
+    Workers time with ``ranks.median_seconds``, once. ``deadline_seconds`` is for the start, and for each turn.
+
+    Raises:
+        BenchError: a process ended before it was told to, or a deadline passed; all are ended by then.
+    """
+    end_on_sigterm()
+    with ExitStack() as stack, Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("", total=(rounds + 1) * len(variants))
+        players = []
+        for variant in variants:
+            progress.update(bar, description=f"starting {variant.name}")
+            players.append(stack.enter_context(_Player(variant, deadline_seconds)))
+            progress.advance(bar)
+        samples: dict[str, list[float]] = {variant.name: [] for variant in variants}
+        for turn in range(rounds):
+            for player in players:
+                progress.update(bar, description=f"round {turn + 1} of {rounds}: {player.variant.name}")
+                samples[player.variant.name].append(player.play(steps))
+                progress.advance(bar)
+        return Results(tuple(variants), {player.variant.name: player.end(samples) for player in players})
+
+
+class _Player:
+    """One variant, launched and stopped until its turn."""
+
+    def __init__(self, variant: Variant, deadline_seconds: float) -> None:
+        self.variant = variant
+        self._deadline_seconds = deadline_seconds
+        self._lines: list[TextIO] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _Player:
+        with self._stack as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hvdscale-bench-")))
+            door = stack.enter_context(socket.socket(socket.AF_UNIX))
+            door.bind(str(folder / "turns"))
+            door.listen()
+            door.settimeout(0.2)
+            self._launch = stack.enter_context(Launch(self.variant, folder, {"BENCH_TURNS": str(folder / "turns")}))
+            end = time.monotonic() + self._deadline_seconds
+            while len(self._lines) < self.variant.ranks:
+                self._lines += self._come_in(stack, door)
+                if time.monotonic() > end:
+                    raise self._launch.error(f"was not ready within {self._deadline_seconds:.0f} s")
+                if any(process.poll() is not None for process in self._launch.processes):
+                    raise self._launch.error("ended before its first turn")
+            self._signal(signal.SIGSTOP)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def play(self, steps: int) -> float:
+        """Seconds of one step: the slowest rank's median."""
+        self._signal(signal.SIGCONT)
+        self._say(steps)
+        try:
+            answers = [lines.readline() for lines in self._lines]
+        except TimeoutError:
+            raise self._launch.error(f"took over {self._deadline_seconds:.0f} s for {steps} steps") from None
+        if "" in answers:
+            raise self._launch.error("ended in the middle of a turn")
+        self._signal(signal.SIGSTOP)
+        return max(map(float, answers))
+
+    def end(self, samples: dict[str, list[float]]) -> dict[str, list[float]]:
+        """Let the ranks leave their results, and check them. The samples by the one metric they have."""
+        self._signal(signal.SIGCONT)
+        self._say(0)
+        left = self._launch.finish(time.monotonic() + self._deadline_seconds)
+        (metric,) = left[0]["seconds"]
+        return {metric: samples[self.variant.name]}
+
+    def _come_in(self, stack: ExitStack, door: socket.socket) -> list[TextIO]:
+        try:
+            connection = stack.enter_context(door.accept()[0])
+        except TimeoutError:
+            return []
+        connection.settimeout(self._deadline_seconds)
+        return [stack.enter_context(connection.makefile("rw"))]
+
+    def _say(self, steps: int) -> None:
+        for lines in self._lines:
+            lines.write(f"{steps}\n")
+            lines.flush()
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self._launch.processes:
+            signal_session(process, number)
