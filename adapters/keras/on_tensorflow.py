@@ -18,7 +18,7 @@ from hvdscale.tensorflow.channel import open_channel, open_post
 from hvdscale.tensorflow.kinds import in_kind, kind_of
 from hvdscale.tensorflow.messages import exchanges
 from hvdscale.tensorflow.metrics import open_writer, write_metrics
-from hvdscale.tensorflow.runtime import control, neighbours, world
+from hvdscale.tensorflow.runtime import control, world
 from hvdscale.tensorflow.sync import op_name
 from hvdscale.tensorflow.teams import data_ranks, team_along, tensor_team
 from hvdscale.tensorflow.tensor_parallel import enter, exchanged, in_turn, join, leave, part_of, sum_over
@@ -44,7 +44,6 @@ __all__ = [
     "join",
     "kind_of",
     "leave",
-    "neighbours",
     "only_if",
     "op_name",
     "open_channel",

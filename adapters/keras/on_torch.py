@@ -15,7 +15,7 @@ from hvdscale.sync import Kind, Reduction
 from hvdscale.torch.channel import open_channel, open_post
 from hvdscale.torch.gradients import HOROVOD_OPS, reduce_gradients
 from hvdscale.torch.metrics import open_writer, write_metrics
-from hvdscale.torch.runtime import control, neighbours, world
+from hvdscale.torch.runtime import control, world
 from hvdscale.torch.teams import data_ranks, team_along, tensor_team
 from hvdscale.torch.tensor_parallel import enter, exchanged, join, leave, part_of, sum_over
 
@@ -40,7 +40,6 @@ __all__ = [
     "join",
     "kind_of",
     "leave",
-    "neighbours",
     "only_if",
     "op_name",
     "open_channel",

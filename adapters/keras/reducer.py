@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +18,6 @@ from hvdscale.keras.placed import PlacedUpdate
 from hvdscale.keras.placed_state import PlacedState, common_state
 from hvdscale.keras.plan import Distribution
 from hvdscale.keras.replicas import agree_on, broadcast_variables, model_state, path_of
-from hvdscale.runtime.neighbours import Neighbours, packed_bytes
 from hvdscale.sync import Kind, LocalPlan, ParameterServer, Reduction, common_kinds
 from hvdscale.sync.handle import SteadySync, Sync
 
@@ -46,7 +44,6 @@ class Reducer:
         self._resumed = False  # weights and optimizer state were loaded by each rank: nothing is copied
         self._shared = False
         self._compared = False
-        self._neighbours: Neighbours | None = None
         self._kinds: dict[int, Kind] = {}  # by id of the variable: what all ranks send for it
 
     @property
@@ -206,10 +203,6 @@ class Reducer:
             self._resumed = any(map(any, flags))
         kinds = common_kinds(own, verbs.control(self.plan.process_set))
         self._kinds.update((id(v), kind) for v, kind in zip(variables, kinds, strict=True))
-        if self.plan.reduction.groups is None and not self.plan.groups and not self.relaxed:
-            # What is narrower than four bytes travels as float32, or not this way.
-            sizes = [(math.prod(v.shape), 8 if str(v.dtype) == "float64" else 4) for v in variables]
-            self._neighbours = verbs.neighbours(packed_bytes(sizes), self.plan.process_set)
         self._compared = True
 
     def _kind(self, gradient: Any) -> Kind:
@@ -298,7 +291,6 @@ class Reducer:
             compression=self.plan.compression,
             process_set=self.plan.process_set,
             name=self.plan.name,
-            neighbours=self._neighbours,
         )
         share = 1.0 / self.plan.process_set.size() if self.plan.scale_local else 1.0
         return [

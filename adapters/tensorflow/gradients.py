@@ -11,13 +11,12 @@ from typing import Any
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
 
-from hvdscale.runtime.neighbours import Neighbours, packed_bytes
 from hvdscale.runtime.session import World
 from hvdscale.sync import Kind, Reduction, common_kinds, read_groups
 from hvdscale.tensorflow.kinds import Gradient, in_kind, kind_of
 from hvdscale.tensorflow.messages import exchanges
 from hvdscale.tensorflow.registry import agree_on, can_compare, describe
-from hvdscale.tensorflow.runtime import control, neighbours, world
+from hvdscale.tensorflow.runtime import control, world
 from hvdscale.tensorflow.sync import op_name, reduce_gradients
 from hvdscale.tensorflow.wire import Compression, as_variable
 
@@ -30,11 +29,10 @@ Groups = int | Sequence[Sequence[Any]] | None
 class _Agreed:
     """A list of variables all ranks have compared: what each sends for them, and groups as positions in the list."""
 
-    world: World | None
+    world: World
     variables: tuple[Any, ...]  # weak references; () for a source that is no variable
     reduction: Reduction
     kinds: tuple[Kind, ...]
-    neighbours: Neighbours | None = None
 
 
 # A tape is made anew at every step, so what was agreed is kept here. Old entries are dropped, oldest first.
@@ -106,15 +104,14 @@ class GradientSync:
         local = [self.is_local(v) for v in variables] if self._local else [False] * len(results)
         shared = [i for i, is_local in enumerate(local) if not is_local]
         sent = [results[i] for i in shared]
-        agreed = _Agreed(None, (), self._reduction, ())
+        reduction = self._reduction
         if exchanges(self.process_set):
             sources = [variables[i] for i in shared]
-            agreed = self._agree(sources, [self._kind(g) for g in sent])
-            sent = [in_kind(g, v, kind) for g, v, kind in zip(sent, sources, agreed.kinds, strict=True)]
+            reduction, kinds = self._agree(sources, [self._kind(g) for g in sent])
+            sent = [in_kind(g, v, kind) for g, v, kind in zip(sent, sources, kinds, strict=True)]
         reduced = reduce_gradients(
             sent,
-            agreed.reduction,
-            neighbours=agreed.neighbours,
+            reduction,
             compression=self._compression,
             process_set=self.process_set,
             name="grad" if generic_names else "gradient",
@@ -132,11 +129,11 @@ class GradientSync:
         kind = kind_of(gradient)
         return Kind.DENSE if kind is Kind.SPARSE and self._reduction.sparse_as_dense else kind
 
-    def _agree(self, variables: list[Any], own: list[Kind]) -> _Agreed:
-        """The reduction, the kind of gradient every rank sends for each variable, and how dense ones travel."""
+    def _agree(self, variables: list[Any], own: list[Kind]) -> tuple[Reduction, tuple[Kind, ...]]:
+        """The reduction, and the kind of gradient every rank sends for each variable."""
         inner = [as_variable(v) for v in variables]
         if not can_compare(self.process_set):
-            return _Agreed(None, (), self._placed(inner), tuple(own))
+            return self._placed(inner), tuple(own)
         key = (
             tuple(id(v) if isinstance(v, tf.Variable) else v.dtype for v in inner),
             tuple(tuple(map(id, group)) for group in self._groups),
@@ -152,7 +149,7 @@ class GradientSync:
             kinds = self._with_latecomers(known.kinds, own)
             if kinds != known.kinds:
                 _agreed[key] = replace(known, kinds=kinds)
-            return replace(known, kinds=kinds)
+            return known.reduction, kinds
         reduction = self._placed(inner)
         agree_on(
             [describe(v) for v in variables],
@@ -165,18 +162,11 @@ class GradientSync:
         )
         kinds = common_kinds(own, control(self.process_set))
         references = tuple(weakref.ref(v) if isinstance(v, tf.Variable) else () for v in inner)
-        _agreed[key] = _Agreed(world(), references, reduction, kinds, self._neighbours(inner, reduction))
+        _agreed[key] = _Agreed(world(), references, reduction, kinds)
         _agreed.move_to_end(key)
         while len(_agreed) > _KEPT:
             _agreed.popitem(last=False)
-        return _agreed[key]
-
-    def _neighbours(self, variables: list[Any], reduction: Reduction) -> Neighbours | None:
-        """What adds up these variables' gradients in shared memory, where nobody asked for groups. Collective."""
-        sizes = [(tf.TensorShape(v.shape).num_elements(), max(4, tf.as_dtype(v.dtype).size)) for v in variables]
-        if reduction.groups is not None or not sizes or any(count is None for count, _ in sizes):
-            return None
-        return neighbours(packed_bytes(sizes), self.process_set)
+        return reduction, kinds
 
     def _with_latecomers(self, agreed: tuple[Kind, ...], own: list[Kind]) -> tuple[Kind, ...]:
         """``agreed``, with what has a gradient on some rank now and had one on none before.

@@ -10,8 +10,6 @@ from horovod.tensorflow import mpi_ops as _ops
 from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
 
 from hvdscale.errors import PlanError
-from hvdscale.runtime.neighbours import Neighbours
-from hvdscale.tensorflow.neighbours import add_up, travels_near
 from hvdscale.tensorflow.runtime import world
 from hvdscale.tensorflow.wire import Compression, as_tensor, by_dtype, from_wire, to_wire, when_run, wire_dtype
 
@@ -38,14 +36,12 @@ def reduce_dense(
     name: str | None = None,
     ignore_name_scope: bool = False,
     device: str = "",
-    neighbours: Neighbours | None = None,
 ) -> list[tf.Tensor]:
     """All-reduce dense tensors: one message for those of a dtype, each back in its own dtype.
 
     Args:
         op: Horovod's ``Average``, ``Sum``, ...
         scales: factors ``(before, after)`` the reduction.
-        neighbours: what adds up in shared memory, where all these can travel so.
     """
     if op == _ops.Adasum:
         check_adasum(process_set)
@@ -60,10 +56,6 @@ def reduce_dense(
         packed = [compression.compress(as_tensor(t)) for t in tensors]
         sent = [to_wire(t) for t, _ in packed]
         results = list(sent)
-        if neighbours is not None and op in (_ops.Average, _ops.Sum) and travels_near(sent, neighbours):
-            divisor = process_set.size() if op == _ops.Average else 1
-            results = add_up(sent, neighbours, scales[0], scales[1] / divisor)
-            sent = []
         for dtype, positions in by_dtype(sent):
             message = when_run([sent[i] for i in positions])
             label = f"{name}_{dtype.name}" if name and len(positions) < len(sent) else name

@@ -15,13 +15,12 @@ from hvdscale.runtime.session import Membership, join, prepare
 from hvdscale.runtime.settings import Setting
 from hvdscale.runtime.transport import RankSet
 
-__all__ = ["control", "init", "neighbours", "runtime_settings", "shutdown", "world"]
+__all__ = ["control", "init", "runtime_settings", "shutdown", "world"]
 
 _membership = Membership()
 world = _membership.world
 runtime_settings = _membership.runtime_settings
 control = _membership.control
-neighbours = _membership.neighbours
 
 
 def init(comm: Any = None, process_sets: Sequence[Any] | str | None = None) -> None:

@@ -10,7 +10,6 @@ from horovod.tensorflow import mpi_ops as _ops
 from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
 
 from hvdscale.errors import PlanError
-from hvdscale.runtime.neighbours import Neighbours
 from hvdscale.sync import Reduction
 from hvdscale.tensorflow.kinds import Gradient
 from hvdscale.tensorflow.messages import exchanges, gather_slices, reduce_dense
@@ -37,7 +36,6 @@ def reduce_gradients(
     ignore_name_scope: bool = False,
     device_dense: str = "",
     device_sparse: str = "",
-    neighbours: Neighbours | None = None,
 ) -> list[Gradient]:
     """Reduce a list of gradients over ``process_set``, eagerly or while a ``tf.function`` is traced.
 
@@ -53,7 +51,6 @@ def reduce_gradients(
         name: head of the messages' names in a graph; the same on every rank.
         ignore_name_scope: leave the graph's name scope out of the messages' names.
         device_dense, device_sparse: where the operations are placed.
-        neighbours: what adds up in shared memory where it can; for a list without groups.
 
     Raises:
         PlanError: Adasum over sparse gradients, over a process set, without MPI, or where the number of
@@ -79,7 +76,6 @@ def reduce_gradients(
             name=name if len(buckets) == 1 else f"{name}_{number}",
             ignore_name_scope=ignore_name_scope,
             device=device_dense,
-            neighbours=neighbours if reduction.groups is None else None,
         )
         for i, result in zip(bucket, results, strict=True):
             reduced[i] = result

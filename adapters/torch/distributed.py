@@ -28,7 +28,7 @@ from hvdscale.torch.names import parameter_names
 from hvdscale.torch.placed import PlacedUpdate
 from hvdscale.torch.placed_state import keep_precision
 from hvdscale.torch.reducer import Reducer, Survey
-from hvdscale.torch.runtime import control, elastic, neighbours
+from hvdscale.torch.runtime import control, elastic
 from hvdscale.torch.steps import Attachment, Terms, after_step, before_step
 
 __all__ = ["DistributedMixin", "distribute", "plain_class"]
@@ -168,7 +168,6 @@ def distribute(
     named: list[tuple[str, Tensor]],
     sparse: frozenset[int] | None = None,
     model: nn.Module | None = None,
-    near: bool = False,
 ) -> None:
     """Make ``optimizer`` distributed in place. Collective over the process set.
 
@@ -178,7 +177,6 @@ def distribute(
         named: ``(name, parameter)`` of all groups, in order.
         sparse: ``id`` of the parameters that have sparse gradients, or ``None`` where that is not known.
         model: whose buffers are averaged in rounds.
-        near: whether gradients may travel all at once, where ranks share memory.
 
     Raises:
         DesyncError: ranks disagree on parameters, optimizer or terms.
@@ -186,9 +184,7 @@ def distribute(
     """
     global _wrapped
     number, _wrapped = str(_wrapped), _wrapped + 1
-    held = Attachment(
-        terms, names, named, number, None, sparse or frozenset(), asks=sparse is None, model=model, near=near
-    )
+    held = Attachment(terms, names, named, number, None, sparse or frozenset(), asks=sparse is None, model=model)
     alone = not _takes_part(terms)
     if not alone:
         _agree(optimizer, held, "the optimizer")
@@ -216,7 +212,7 @@ def _agree(optimizer: Optimizer, held: Attachment, about: str) -> None:
         for name, p in held.named
     ]
     agree(
-        Fingerprint.of(tensors, held.terms.facts(plain_class(optimizer), held.number, held.near)),
+        Fingerprint.of(tensors, held.terms.facts(plain_class(optimizer), held.number)),
         control(held.terms.process_set),
         about,
     )
@@ -226,7 +222,6 @@ def _watch(optimizer: Optimizer, held: Attachment) -> None:
     terms, prefix = held.terms, f"hvdscale.{held.number}."
     common = {"compression": terms.compression, "process_set": terms.process_set, "prefix": prefix}
     survey = _survey(terms) if held.asks else None
-    meet = (lambda room_bytes: neighbours(room_bytes, terms.process_set)) if held.near else None
     if terms.reduction.op == "adasum":
         held.exchange = DeltaReducer(terms.reduction, **common)
     elif isinstance(terms.plan, LocalPlan):
@@ -236,7 +231,7 @@ def _watch(optimizer: Optimizer, held: Attachment) -> None:
     elif terms.plan.placed:
         held.exchange = PlacedUpdate(terms.plan, optimizer, terms.reduction, **common)
     else:
-        held.exchange = Reducer(terms.reduction, sparse=held.sparse, survey=survey, meet=meet, **common)
+        held.exchange = Reducer(terms.reduction, sparse=held.sparse, survey=survey, **common)
     held.exchange.add(held.named)
     optimizer.register_step_pre_hook(before_step)
     after = optimizer.register_step_post_hook(after_step)

@@ -11,7 +11,6 @@ from horovod.torch import Compression, ProcessSet, global_process_set
 from torch import Tensor
 
 from hvdscale.errors import PlanError
-from hvdscale.runtime.neighbours import Neighbours
 from hvdscale.sync import Reduction
 from hvdscale.torch.wire import from_wire, movable, reducible
 
@@ -29,7 +28,6 @@ def reduce_gradients(
     compression: Any = Compression.none,
     process_set: ProcessSet = global_process_set,
     name: str = "gradient",
-    neighbours: Neighbours | None = None,
 ) -> list[Tensor | None]:
     """All-reduce a list of gradients over ``process_set`` and wait for it. The inputs are not modified.
 
@@ -42,7 +40,6 @@ def reduce_gradients(
         compression: ``Compression.none`` or ``Compression.fp16``, or any class with Horovod's two methods.
         process_set: the ranks that take part; other ranks get their gradients back unchanged.
         name: base of the messages' names; different for lists that may be in flight at the same time.
-        neighbours: what adds up in shared memory where it can; for a list without groups.
 
     Raises:
         PlanError: Adasum over sparse gradients.
@@ -61,7 +58,6 @@ def reduce_gradients(
                 compression=compression,
                 process_set=process_set,
                 name=f"{name}.{bucket[0]}",
-                neighbours=neighbours if reduction.groups is None else None,
             ),
         )
         for bucket in buckets
@@ -81,7 +77,6 @@ def launch(
     process_set: ProcessSet,
     name: str,
     in_place: bool = False,
-    neighbours: Neighbours | None = None,
 ) -> Finish:
     """Start reducing these gradients; the returned function waits and gives the results, in the same order.
 
@@ -96,7 +91,7 @@ def launch(
     gathered = [i for i, g in enumerate(results) if g.is_sparse and not reduction.sparse_as_dense]
     summed = [i for i in range(len(results)) if i not in gathered]
     dense = [results[i].to_dense() if results[i].is_sparse else results[i] for i in summed]
-    finish_dense = _launch_dense(dense, name=name, in_place=in_place, neighbours=neighbours, **common)
+    finish_dense = _launch_dense(dense, name=name, in_place=in_place, **common)
     finish_sparse = [_launch_sparse(results[i], name=f"{name}.{i}", **common) for i in gathered]
 
     def finish() -> list[Tensor]:
@@ -117,23 +112,18 @@ def _launch_dense(
     process_set: ProcessSet,
     name: str,
     in_place: bool,
-    neighbours: Neighbours | None,
 ) -> Finish:
     packed = [compression.compress(g) for g in gradients]
     sent = [reducible(tensor) for tensor, _ in packed]
     before, after = reduction.scales() if reduction.op == "average" else (1.0, 1.0)
-    # A copy made for the wire is ours to overwrite; the caller's tensor only when told so.
-    ours = [in_place or not _same_memory(t, g) for t, g in zip(sent, gradients, strict=True)]
-    near = _near(sent, neighbours) if neighbours is not None and reduction.op != "adasum" else []
-    if near and neighbours is not None:
-        divisor = process_set.size() if reduction.op == "average" else 1
-        finish_near = neighbours.start([sent[i].numpy() for i in near], before, after / divisor)
     flights: list[tuple[list[int], int]] = []
-    for positions in _by_dtype(sent, near):
+    for positions in _by_dtype(sent):
         tensors = [sent[i] for i in positions]
+        # A copy made for the wire is ours to overwrite; the caller's tensor only when told so.
+        ours = in_place or not any(_same_memory(sent[i], gradients[i]) for i in positions)
         handle = _start(
             tensors,
-            all(ours[i] for i in positions),
+            ours,
             name=f"{name}.{str(tensors[0].dtype).removeprefix('torch.')}",
             op=HOROVOD_OPS[reduction.op],
             prescale_factor=before,
@@ -143,31 +133,19 @@ def _launch_dense(
         flights.append((positions, handle))
 
     def finish() -> list[Tensor]:
-        outputs = list(sent)
-        if near:
-            for i in near:
-                outputs[i] = sent[i] if ours[i] else torch.empty_like(sent[i])
-            finish_near([outputs[i].numpy() for i in near])
-        for positions, handle in flights:
-            arrived = _horovod.synchronize(handle)
-            for i, output in zip(positions, arrived if len(positions) > 1 else [arrived], strict=True):
-                outputs[i] = output
         results = list(gradients)
-        for i, (output, (tensor, context)) in enumerate(zip(outputs, packed, strict=True)):
-            result = compression.decompress(from_wire(output, tensor.dtype), context)
-            if not in_place:
-                results[i] = result
-            elif not _same_memory(result, gradients[i]):
-                gradients[i].copy_(result)
+        for positions, handle in flights:
+            outputs = _horovod.synchronize(handle)
+            for i, output in zip(positions, outputs if len(positions) > 1 else [outputs], strict=True):
+                tensor, context = packed[i]
+                result = compression.decompress(from_wire(output, tensor.dtype), context)
+                if not in_place:
+                    results[i] = result
+                elif not _same_memory(result, gradients[i]):
+                    gradients[i].copy_(result)
         return results
 
     return finish
-
-
-def _near(sent: Sequence[Tensor], neighbours: Neighbours) -> list[int]:
-    """Positions of those that are added up in shared memory: float32 and float64 on the CPU, where there is room."""
-    near = [i for i, t in enumerate(sent) if t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64)]
-    return near if neighbours.fit((sent[i].numel(), sent[i].element_size()) for i in near) else []
 
 
 def _launch_sparse(
@@ -204,10 +182,10 @@ def _start(tensors: list[Tensor], overwrite: bool, **arguments: Any) -> int:
     return start(tensors, **arguments)
 
 
-def _by_dtype(tensors: Sequence[Tensor], without: Sequence[int]) -> list[list[int]]:
+def _by_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
     positions: dict[torch.dtype, list[int]] = {}
-    for i in sorted(set(range(len(tensors))).difference(without)):
-        positions.setdefault(tensors[i].dtype, []).append(i)
+    for i, tensor in enumerate(tensors):
+        positions.setdefault(tensor.dtype, []).append(i)
     return list(positions.values())
 
 

@@ -20,12 +20,11 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from hvdscale.runtime import timeline
-from hvdscale.runtime.neighbours import Neighbours, packed_bytes
 from hvdscale.sync import Reduction
 from hvdscale.torch.gradients import Finish, launch
 from hvdscale.torch.steps import StepsOnParameters
 
-__all__ = ["Announcer", "Meet", "Reducer", "Survey"]
+__all__ = ["Announcer", "Reducer", "Survey"]
 
 _TOO_MANY_PASSES = (
     "Gradients were computed more than backward_passes_per_step={passes} times before call to step() "
@@ -35,9 +34,6 @@ _TOO_MANY_PASSES = (
 
 Survey = Callable[[dict[int, bool]], dict[int, bool]]
 """Joins what ranks know: whether the gradient at a position is sparse. Collective."""
-
-Meet = Callable[[int], Neighbours | None]
-"""Makes room for so many bytes in memory that the ranks share, where it can be. Collective."""
 
 # The hook on each parameter, by its id: the optimizer wrapped last reduces its gradient, so that one thrown away but
 # not collected yet does not reduce it a second time. Entries of parameters long gone do no harm.
@@ -88,7 +84,6 @@ class Reducer(StepsOnParameters):
         prefix: put before parameter names in message names, different for every optimizer.
         sparse: ``id`` of parameters known to have sparse gradients.
         survey: asks all ranks, where nobody said which gradients are sparse; ``None`` where that is known.
-        meet: makes room for so many bytes in memory that the ranks share; gradients then travel as one message.
     """
 
     watches_gradients = True
@@ -102,7 +97,6 @@ class Reducer(StepsOnParameters):
         prefix: str,
         sparse: frozenset[int] = frozenset(),
         survey: Survey | None = None,
-        meet: Meet | None = None,
     ) -> None:
         self.reduction = reduction
         self.passes = reduction.passes
@@ -115,8 +109,6 @@ class Reducer(StepsOnParameters):
         self._hooked: set[int] = set()  # positions
         self._sparse: set[int] = set()  # positions whose gradient was sparse once
         self._survey = survey
-        self._meet = meet
-        self._neighbours: Neighbours | None = None
         self._unknown: set[int] = set()  # positions whose gradient may be sparse, and no rank has had one yet
         # The round:
         self._left: dict[int, int] = {}  # position -> backward passes to come; empty before the first
@@ -138,10 +130,6 @@ class Reducer(StepsOnParameters):
                 self._unknown.add(len(self._parameters))
             self._parameters.append(parameter)
             self._names.append(name)
-        if self._meet is not None and all(p.device.type == "cpu" for p in self._parameters):
-            # What is narrower than four bytes travels as float32, or not this way. From accelerators gradients travel
-            # under the backward pass; ranks have compared their groups, and so whether they have any.
-            self._neighbours = self._meet(packed_bytes((p.numel(), max(4, p.element_size())) for p in self._parameters))
         self._trainable()
 
     @property
@@ -207,8 +195,6 @@ class Reducer(StepsOnParameters):
             if bucket:
                 self._launch(bucket)
         if loose:
-            if self._neighbours is not None:
-                self._wait()  # shared memory takes one list at a time
             self._launch(loose)
         self._wait()
 
@@ -249,7 +235,7 @@ class Reducer(StepsOnParameters):
 
     def _plan(self, positions: list[int]) -> list[list[int]]:
         """Which parameters travel together: called when other ones than before are trainable."""
-        return [positions] if self._neighbours else self.reduction.buckets(positions)
+        return self.reduction.buckets(positions)
 
     def _ask(self) -> None:
         """Let a rank without a gradient know what kind its peers send. Every rank comes here once in such a round."""
@@ -317,7 +303,6 @@ class Reducer(StepsOnParameters):
             process_set=self._process_set,
             name=f"{self._prefix}{self._names[bucket[0]]}",
             in_place=True,
-            neighbours=self._neighbours,
         )
         self._flights.append((bucket, finish))
 

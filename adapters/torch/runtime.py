@@ -14,13 +14,12 @@ from hvdscale.runtime.transport import RankSet
 from hvdscale.torch.handles import forget_all
 from hvdscale.torch.unnamed import count_anew, name_the_unnamed
 
-__all__ = ["control", "elastic", "init", "neighbours", "runtime_settings", "shutdown", "world"]
+__all__ = ["control", "elastic", "init", "runtime_settings", "shutdown", "world"]
 
 _membership = Membership()
 world = _membership.world
 runtime_settings = _membership.runtime_settings
 control = _membership.control
-neighbours = _membership.neighbours
 
 
 def init(comm: Any = None, process_sets: Sequence[Any] | str | None = None) -> None:

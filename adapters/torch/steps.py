@@ -31,8 +31,8 @@ class Terms:
     def __deepcopy__(self, memo: dict[int, Any]) -> Terms:
         return self
 
-    def facts(self, kind: type[Optimizer], number: str, near: bool) -> dict[str, object]:
-        """The facts to compare, for an optimizer of this type and number; ``near`` as in ``Attachment``."""
+    def facts(self, kind: type[Optimizer], number: str) -> dict[str, object]:
+        """The facts to compare, for an optimizer of this type and number."""
         return {
             "hvdscale": __version__,
             "torch": torch.__version__,
@@ -40,7 +40,6 @@ class Terms:
             "optimizers wrapped before": number,
             **self.plan.facts(),
             "reduction": self.reduction,
-            "groups asked for": not near,
             "compression": getattr(self.compression, "__name__", type(self.compression).__name__),
         }
 
@@ -106,7 +105,6 @@ class Attachment:
     asks: bool = False  # ranks ask each other which gradients are sparse, because the user gave no model
     skip: bool = False
     model: nn.Module | None = None  # as the user gave it
-    near: bool = False  # nobody asked for groups: where ranks share memory, all gradients may travel at once
     steps: int = 0  # of the optimizer, since it was wrapped
     sharded: Any = None  # the ShardedModel whose parts are trained
 

@@ -137,7 +137,7 @@ def DistributedOptimizer(
     elif groups is None and not (isinstance(plan, EveryStep) and plan.placed):
         reduction = replace(reduction, groups=_groups_on_one_host(parameters))
     terms = Terms(reduction, plan, compression, process_set)
-    distribute(optimizer, terms, names, named, sparse_parameters(held), held, near=groups is None)
+    distribute(optimizer, terms, names, named, sparse_parameters(held), held)
     optimizer._hvdscale.sharded = sharded  # type: ignore[attr-defined]
     amp.watch_gradient_scalers()
     if model is not None and process_set.included():

@@ -35,9 +35,9 @@ __all__ = [
     "Target",
     "Variant",
     "arguments",
+    "end_on_sigterm",
     "finish",
     "interleave",
-    "end_on_sigterm",
     "launch",
     "run_once",
     "slowest",
@@ -168,7 +168,7 @@ def launch(variant: Variant, folder: Path, deadline_seconds: float) -> list[dict
         BenchError: as ``run_once``.
     """
     with Launch(variant, folder) as started:
-        return started.finish(time.monotonic() + deadline_seconds)
+        return started.finish(deadline_seconds)
 
 
 class Launch:
@@ -220,15 +220,16 @@ class Launch:
         for process in self.processes:
             end_session(process)
 
-    def finish(self, end: float) -> list[dict[str, Any]]:
-        """Wait for all processes until ``time.monotonic()`` is ``end``; what each rank left.
+    def finish(self, deadline_seconds: float) -> list[dict[str, Any]]:
+        """Wait for all processes; what each rank left.
 
         Raises:
             BenchError: one ended with an error or not in time, or ranks ended with different weights.
         """
+        end = time.monotonic() + deadline_seconds
         codes = [_wait(p, end) for p in self.processes]
         if None in codes:
-            raise self.error("ran past its deadline")
+            raise self.error(f"ran past its deadline of {deadline_seconds:.0f} s")
         if any(codes):
             raise self.error(f"ended with {codes}")
         left = [json.loads(p.read_text()) for p in sorted(self._folder.glob("result-*.json"))]
@@ -292,7 +293,7 @@ def arguments(about: str, rounds: int, steps: int, quick: tuple[int, int]) -> ar
     parser.add_argument(
         "--quick", nargs=0, default=False, action=Quick, help=f"{quick[0]} round(s) of {quick[1]} steps"
     )
-    parser.add_argument("--rounds", type=_positive, default=rounds, help="rounds in which each variant has a turn (%(default)s)")
+    parser.add_argument("--rounds", type=_positive, default=rounds, help="turns of each variant (%(default)s)")
     parser.add_argument("--steps", type=_positive, default=steps, help="timed steps in a turn (%(default)s)")
     parser.add_argument("--deadline", type=float, default=120, help="seconds a launch may take (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write samples, medians and ratios there")

@@ -125,7 +125,7 @@ def forget(leaver: Leaver) -> None:
 
 
 # Modules whose functions wait for all ranks, and those of their functions that do not.
-_COLLECTIVE = {f"hvdscale.runtime.{module}" for module in ("channel", "neighbours", "transport")}
+_COLLECTIVE = {f"hvdscale.runtime.{module}" for module in ("channel", "transport")}
 _NO_COLLECTIVE = {"close", "run_loopback"}
 
 

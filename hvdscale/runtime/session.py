@@ -13,8 +13,7 @@ from hvdscale.errors import WorldError
 from hvdscale.runtime import timeline
 from hvdscale.runtime.health import abort, end_job_on_error
 from hvdscale.runtime.launch import Launch, read_launch
-from hvdscale.runtime.neighbours import Neighbours, meet_neighbours
-from hvdscale.runtime.settings import SHARED_MEMORY, Setting, put_in_force
+from hvdscale.runtime.settings import Setting, put_in_force
 from hvdscale.runtime.transport import CollectiveTransport, Gather, MPITransport, RankSet, SoloTransport, Transport
 
 __all__ = ["Membership", "Preparation", "World", "join", "prepare"]
@@ -65,16 +64,6 @@ class Membership:
         """The transport of small control messages among ``process_set`` (default: all ranks)."""
         transport = self.world().transport
         return transport if process_set is None else transport.subset(process_set)
-
-    def neighbours(self, room_bytes: int, process_set: RankSet | None = None) -> Neighbours | None:
-        """What adds up arrays in memory shared by ``process_set``, where that is in force and can be. Collective."""
-        transport = self.control(process_set)
-        if not isinstance(transport, MPITransport):
-            return None
-        in_force = any(s.name == SHARED_MEMORY and s.value == "1" for s in self.world().settings)
-        if b"" in transport.allgather(b"yes" if in_force else b""):
-            return None
-        return meet_neighbours(transport, room_bytes)
 
 
 @dataclass(frozen=True)

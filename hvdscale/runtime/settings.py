@@ -12,11 +12,9 @@ from pathlib import Path
 from hvdscale.runtime import rules
 from hvdscale.runtime.cores import bound_by_default, own_cores, release_binding, usable_cores
 from hvdscale.runtime.launch import Launch
-from hvdscale.runtime.neighbours import FEW_RANKS
 
 __all__ = [
     "FRONT",
-    "SHARED_MEMORY",
     "Setting",
     "apply_settings",
     "choose_settings",
@@ -27,9 +25,6 @@ __all__ = [
 
 FRONT = "HVDSCALE_RUN_SETTINGS"
 """Variable that lists the settings hvdscale itself has put in force: those are not the user's."""
-
-SHARED_MEMORY = "HVDSCALE_SHARED_MEMORY"
-"""Variable that says whether ranks of one host add up gradients in memory they share: 1 or 0."""
 
 _MCA = "OMPI_MCA_"
 # Open MPI asks a rules file before it asks for a forced algorithm: who forced one must not meet our file.
@@ -92,9 +87,6 @@ def choose_settings(launch: Launch, cores: int, own: int | None = None) -> tuple
         )
         for name, value in zip(_ALLREDUCE_CHOICE, ("1", str(rules.rules_path())), strict=True):
             chosen.append(Setting(name, value, why))
-        if not launch.spans_hosts and launch.size <= FEW_RANKS:
-            why = "few ranks, all on this host: gradients are added up in memory they share, with one copy"
-            chosen.append(Setting(SHARED_MEMORY, "1", why))
     return tuple(chosen)
 
 

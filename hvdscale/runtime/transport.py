@@ -131,37 +131,22 @@ class MPITransport:
     def allgather(self, data: bytes) -> list[bytes]:
         from mpi4py import MPI
 
-        lengths = self.start_numbers(len(data))()
+        if not self._gone:
+            request, lengths = self._start(len(data), np.empty(self.size + 1, np.int64))
+            self.wait(request)
+            self._gone = self._saying(_LEFT, lengths)
+        if self._gone:
+            raise TransportError(
+                f"{_named(self._gone)} left the job (sys.exit, hvd.shutdown or the end of the script) while rank "
+                f"{self.ranks[self.rank]} waits for all ranks. Let every rank make the same calls and leave together."
+            )
+        failed = self._saying(_FAILED, lengths)
+        if failed:
+            raise TransportError(f"{_named(failed)} lost the connection of Horovod while others waited in a call.")
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         everything = bytearray(int(offsets[-1]))
         self._comm.Allgatherv([data, MPI.BYTE], [everything, lengths.tolist(), offsets[:-1].tolist(), MPI.BYTE])
         return [bytes(everything[a:b]) for a, b in pairwise(offsets)]
-
-    def start_numbers(self, number: int) -> Callable[[], np.ndarray]:
-        """Gather one number, 0 or more, of each rank: under way at once. The function returned waits: int64[size].
-
-        Raises:
-            TransportError: when waited for, and a rank has left the job.
-        """
-        memory = np.empty(self.size + 1, np.int64)
-        request = None if self._gone else self._start(number, memory)[0]
-
-        def numbers() -> np.ndarray:
-            if request is not None:
-                self.wait(request)
-                self._gone = self._gone or self._saying(_LEFT, memory[1:])
-            if self._gone:
-                raise TransportError(
-                    f"{_named(self._gone)} left the job (sys.exit, hvd.shutdown or the end of the script) while rank "
-                    f"{self.ranks[self.rank]} waits for all ranks. Let every rank make the same calls and leave "
-                    "together."
-                )
-            failed = self._saying(_FAILED, memory[1:])
-            if failed:
-                raise TransportError(f"{_named(failed)} lost the connection of Horovod while others waited in a call.")
-            return memory[1:]
-
-        return numbers
 
     def subset(self, process_set: RankSet) -> MPITransport:
         key = tuple(process_set.ranks or ())

@@ -31,22 +31,6 @@ def test_models(driver: Any, hvd: Any, rank: int, size: int, difference: str) ->
         assert first in str(caught.value)
 
 
-def test_frozen_on_one_rank_later(driver: Any, hvd: Any, rank: int, size: int) -> None:
-    """Where ranks share memory they notice; elsewhere they would wait for the missing gradient for ever."""
-    if {s.name: s.value for s in hvd.runtime_settings()}.get("HVDSCALE_SHARED_MEMORY") != "1":
-        return
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
-    model[1].requires_grad_(rank == 0)
-
-    def step() -> None:
-        model(torch.ones(1, 2)).sum().backward()
-        optimizer.step()
-
-    with pytest.raises(hvd.DesyncError, match=r"Ranks \[0\] and .* reduce different gradients"):
-        step()
-
-
 def test_a_group_added_later(driver: Any, hvd: Any, rank: int, size: int) -> None:
     optimizer = hvd.DistributedOptimizer(torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1))
     with expectation(driver, size):

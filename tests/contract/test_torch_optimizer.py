@@ -222,7 +222,7 @@ def test_parameters_frozen_and_unfrozen_on_the_way(driver: ContractDriver, hvd: 
     assert_same_everywhere(driver, model.parameters())
 
 
-@pytest.mark.parametrize("groups", [None, 2], ids=["shared memory", "messages"])
+@pytest.mark.parametrize("groups", [None, 2], ids=["own groups", "two groups"])
 def test_parameters_unfrozen_between_two_passes_are_reduced_in_that_round(
     driver: ContractDriver, hvd: Any, rank: int, size: int, groups: int | None
 ) -> None:

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvdscale.runtime.neighbours import Neighbours
-from hvdscale.runtime.settings import SHARED_MEMORY
 from tests.contract.driver import ContractDriver
 from tests.contract.oracle import OPTIMIZERS, Weights, batches, gradients, initial_weights
 
@@ -108,18 +106,6 @@ def test_several_models_do_not_meet(driver: ContractDriver, rank: int, size: int
             driver.train(model, optimizer, [batch])
     for seed, model in enumerate(models):
         assert_equal(driver.weights(model), expected(case, range(size), seed), case.rtol)
-
-
-@pytest.mark.parametrize("groups", [None, 2])
-def test_ranks_of_one_host_add_up_in_memory_they_share(
-    driver: ContractDriver, rank: int, size: int, groups: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where that is in force, every step, unless the user asks for groups; the results are those of the other tests."""
-    calls, start = [], Neighbours.start
-    monkeypatch.setattr(Neighbours, "start", lambda *arguments: calls.append(1) or start(*arguments))
-    trained(driver, Case("sgd"), rank, groups=groups)
-    in_force = {s.name: s.value for s in driver.hvd.runtime_settings()}.get(SHARED_MEMORY) == "1"
-    assert len(calls) == (STEPS if in_force and groups is None else 0)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ PEER = Variant("peer", "peer", fixed={"step": 3.0})
 OURS = Variant("ours", "ours", fixed={"step": 1.25})
 
 
-def test_variants_take_turns_and_medians_are_over_rounds() -> None:
+def test_launches_alternate_and_medians_are_over_rounds() -> None:
     order: list[str] = []
     times = {"limit": iter([1.0, 9.0, 2.0]), "ours": iter([4.0, 3.0, 8.0])}
 
@@ -41,8 +41,8 @@ def test_variants_take_turns_and_medians_are_over_rounds() -> None:
     assert order == ["limit", "ours"] * 3
     assert results.samples["ours"] == {"step": [4.0, 3.0, 8.0]}
     assert (results.median("limit", "step"), results.median("ours", "step")) == (2.0, 4.0)
-    assert results.ratio("step", of="ours", to="limit") == 2.0
-    assert results.ratio_to("limit", "step", "ours") == 2.0
+    assert results.ratio("step", of="ours", to="limit") == 4.0  # of 4, 1/3 and 4: round by round
+    assert results.ratio_to("limit", "step", "ours") == 4.0
     assert results.ratio_to("peer", "step", "ours") is None
 
 
@@ -76,7 +76,8 @@ def test_targets_are_times_of_the_other_over_ours(
 
 def test_the_table_and_the_json_hold_medians_and_ratios(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = Results(
-        (LIMIT, PEER, OURS), {"limit": {"step": [1.0]}, "peer": {"step": [3.0]}, "ours": {"step": [0.5, 2.0, 1.25]}}
+        (LIMIT, PEER, OURS),
+        {"limit": {"step": [1.0] * 3}, "peer": {"step": [3.0] * 3}, "ours": {"step": [0.5, 2.0, 1.25]}},
     )
     file = tmp_path / "out.json"
     finish("a title", results, [Target("peer", 2.0)], Namespace(json=file, strict=False), ["one thread"])

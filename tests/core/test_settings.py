@@ -14,14 +14,7 @@ from hvdscale.runtime.command import Job, compose
 from hvdscale.runtime.cores import bound_by_default, cores_in_quota
 from hvdscale.runtime.inspection import local_settings
 from hvdscale.runtime.launch import Launch, read_launch
-from hvdscale.runtime.settings import (
-    FRONT,
-    SHARED_MEMORY,
-    Setting,
-    apply_settings,
-    choose_settings,
-    put_in_force,
-)
+from hvdscale.runtime.settings import FRONT, Setting, apply_settings, choose_settings, put_in_force
 
 YIELD = "OMPI_MCA_mpi_yield_when_idle"
 USE_RULES = "OMPI_MCA_coll_tuned_use_dynamic_rules"
@@ -32,7 +25,6 @@ MPI = {YIELD, USE_RULES, RULES_FILE}
 ALONE = Launch("none", "single")
 TWO_HERE = Launch("mpirun (Open MPI)", "mpi", 0, 2, 0, 2)
 ONE_BY_MPIRUN = Launch("mpirun (Open MPI)", "mpi")
-NINE_HERE = Launch("mpirun (Open MPI)", "mpi", 0, 9, 0, 9)
 ONE_PER_HOST = Launch("mpirun (Open MPI)", "mpi", 0, 4, 0, 1)
 TWO_BY_GLOO = Launch("horovodrun --gloo", "gloo", 0, 2, 0, 2)
 
@@ -54,12 +46,11 @@ def by_name(settings: tuple[Setting, ...]) -> dict[str, Setting]:
     [
         (ALONE, {"HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"}),
         (ONE_BY_MPIRUN, set()),
-        (TWO_HERE, THREADS | MPI | {SHARED_MEMORY}),
-        (NINE_HERE, THREADS | MPI),
+        (TWO_HERE, THREADS | MPI),
         (ONE_PER_HOST, MPI),
         (TWO_BY_GLOO, THREADS),
     ],
-    ids=["alone", "one-rank", "two-here", "nine-here", "four-hosts", "gloo"],
+    ids=["alone", "one-rank", "two-here", "four-hosts", "gloo"],
 )
 def test_what_a_launch_gets(job: Launch, names: set[str]) -> None:
     chosen = by_name(choose_settings(job, cores=4))
@@ -105,7 +96,7 @@ def test_rules_that_cannot_be_written_leave_the_choice_to_open_mpi(monkeypatch: 
         assert "No space left on device" in settled[name].reason
 
 
-@pytest.mark.parametrize("name", sorted(THREADS | {YIELD, USE_RULES, RULES_FILE, SHARED_MEMORY}))
+@pytest.mark.parametrize("name", sorted(THREADS | {YIELD, USE_RULES, RULES_FILE}))
 def test_the_user_wins(name: str) -> None:
     env = {name: "7"}
     settled = by_name(apply_settings(choose_settings(TWO_HERE, 4), env, mpi_running=False))
@@ -139,7 +130,7 @@ def test_mpi_settings_come_too_late_once_mpi_runs() -> None:
     settled = by_name(apply_settings(choose_settings(TWO_HERE, 4), env, mpi_running=True))
     assert {name for name, setting in settled.items() if setting.origin == "late"} == MPI
     assert all("call init() first" in settled[name].reason for name in MPI)
-    assert set(env) == {*THREADS, SHARED_MEMORY, FRONT}
+    assert set(env) == {*THREADS, FRONT}
 
 
 def test_what_the_front_has_set_is_not_the_users(home: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ci.bench.harness import BenchError, Process, Variant, run_once
+from ci.bench.turns import take_turns
 
 
 def python(code: str, **env: str) -> Process:
@@ -66,6 +67,43 @@ def test_a_launch_starts_clean_of_an_outer_job(monkeypatch: pytest.MonkeyPatch) 
         "leave_result(0, step=len(names & set(os.environ)))"
     )
     assert run_once(Variant("ours", "ours", 1, (python(code, MINE="1"),)), 30) == {"step": 1}
+
+
+def stepping(name: str, file: Path, step: str, weights: str | None = None) -> Variant:
+    """Two ranks that write a line into ``file`` at every step and then do ``step``."""
+    code = (
+        "import time; from ci.bench.workers.ranks import leave_result, median_seconds\n"
+        f"def step():\n  open({str(file)!r}, 'a').write('{name}\\n'); {step}\n"
+        f"leave_result({{0}}, {weights}, step=median_seconds(step, 99, warmup=1))"
+    )
+    return Variant(name, "ours", 2, tuple(python(code.format(rank)) for rank in range(2)))
+
+
+def test_variants_that_stay_alive_take_turns(tmp_path: Path) -> None:
+    file = tmp_path / "steps"
+    variants = [stepping("a", file, "time.sleep(0.01)"), stepping("b", file, "time.sleep(0.02)")]
+    results = take_turns(variants, rounds=3, steps=2, deadline_seconds=30)
+    names = file.read_text().split()
+    assert names[4:] == (["a"] * 4 + ["b"] * 4) * 3  # of two ranks, after warming up
+    assert {name: len(samples["step"]) for name, samples in results.samples.items()} == {"a": 3, "b": 3}
+    assert results.median("b", "step") >= 0.02
+
+
+@pytest.mark.parametrize(
+    ("step", "weights", "says"),
+    [
+        ("raise SystemExit('no such model')", None, r"(?s)ended before its first turn.*no such model"),
+        ("open(FILE).read().count('a') < 5 or exit('out of data')", None, r"(?s)in the middle of a turn.*out of data"),
+        ("pass", "{0}", "different weights"),
+    ],
+    ids=["start", "turn", "disagrees"],
+)
+def test_a_variant_that_cannot_take_its_turn_is_an_error(
+    tmp_path: Path, step: str, weights: str | None, says: str
+) -> None:
+    file = tmp_path / "steps"
+    with pytest.raises(BenchError, match=says):
+        take_turns([stepping("a", file, step.replace("FILE", repr(str(file))), weights)], 3, 2, 30)
 
 
 SLEEP = "import os, time; open({!r}, 'w').write(str(os.getpid())); time.sleep(60)"
