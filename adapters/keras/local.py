@@ -42,7 +42,10 @@ class LocalTraining:
         )
         self._optimizer = optimizer
         self._calls = 0
-        self.sync: LocalSync[Any] = LocalSync(self._engine, self._store, verbs.tensor)
+        self.first_state = self._store.first_state
+        self.sync: LocalSync[Any] = LocalSync(
+            self._engine, self._store, verbs.tensor, lambda: self.first_state.resume(self._engine.anew)
+        )
 
     @property
     def has_warmup(self) -> bool:
@@ -83,6 +86,10 @@ class LocalTraining:
     def meet(self) -> None:
         """Count a step and hold its rounds, on the variables themselves."""
         self._engine.after_step()
+
+    def spoilt(self) -> bool:
+        """After ``meet_on``: whether the optimizer must begin anew, from ``first_state``."""
+        return self._store.spoilt()
 
     def meet_on(self, lr: np.ndarray, *values: np.ndarray) -> list[np.ndarray]:
         """Count a step and hold its rounds, on the values of ``variables``; the values afterwards."""

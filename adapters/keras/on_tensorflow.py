@@ -216,9 +216,20 @@ def run_between_steps(local: Any) -> None:
         variables = [v.value if isinstance(v, keras.Variable) else v for v in local.variables]
         lr = tf.cast(tf.convert_to_tensor(local.learning_rate), tf.float32)
         results = tf.numpy_function(local.meet_on, [lr, *variables], [v.dtype for v in variables])
+        assigned = []
         for variable, result in zip(variables, results, strict=True):
             result.set_shape(variable.shape)
-            variable.assign(result)
+            assigned.append(variable.assign(result))
+        with tf.control_dependencies(assigned):
+            spoilt = tf.numpy_function(lambda: np.bool_(local.spoilt()), [], tf.bool)
+        spoilt.set_shape(())
+        return tf.cond(spoilt, begin_anew, lambda: tf.constant(0))
+
+    def begin_anew() -> tf.Tensor:
+        first = local.first_state
+        kinds = [tf.as_dtype(v.dtype) for v in first.variables]
+        values = tf.numpy_function(first.values, [], kinds) if kinds else []
+        first.take([tf.ensure_shape(value, v.shape) for value, v in zip(values, first.variables, strict=True)])
         return tf.constant(0)
 
     tf.cond(meets, meet, lambda: tf.constant(0))

@@ -286,6 +286,18 @@ class _Distributed:
         return self._hvdscale.sync_of(self)
 
     @property
+    def iterations(self) -> Any:
+        plain: Any = super().iterations  # type: ignore[misc]
+        begun = self._hvdscale.moments_begun
+        if begun is None:
+            return plain
+        return keras.ops.maximum(keras.ops.subtract(plain, keras.ops.cast(begun, plain.dtype)), 0)
+
+    def _backend_update_step(self, *arguments: Any) -> None:
+        with self._hvdscale.counting_from_the_first_moment():
+            super()._backend_update_step(*arguments)  # type: ignore[misc]
+
+    @property
     def defers(self) -> bool:
         """Whether Keras accumulates gradients first, so that they are reduced where it is done with that."""
         return bool(self.gradient_accumulation_steps) and not hasattr(self, "inner_optimizer")  # type: ignore[attr-defined]

@@ -41,6 +41,7 @@ class Reducer:
         self.placed: PlacedUpdate | None = None  # once the optimizer is built, where ranks update different elements
         self.state: PlacedState | None = None
         self._training: LocalTraining | None = None
+        self.moments_begun: Any = None  # while moments are corrected
         self._resumed = False  # weights and optimizer state were loaded by each rank: nothing is copied
         self._shared = False
         self._compared = False
@@ -115,6 +116,15 @@ class Reducer:
                     self.plan.agreement, optimizer, variables, self._given_model, self.plan.process_set
                 )
         return self._training
+
+    @contextmanager
+    def counting_from_the_first_moment(self) -> Iterator[None]:
+        """Within, our optimizer's ``iterations`` are those its moments have seen, by which it corrects them."""
+        self.moments_begun = None if self._training is None else self._training.first_state.begun
+        try:
+            yield
+        finally:
+            self.moments_begun = None
 
     # Before the first step ------------------------------------------------------------------------------
 

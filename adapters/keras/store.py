@@ -13,6 +13,7 @@ import keras
 import numpy as np
 
 from hvdscale.errors import PlanError
+from hvdscale.keras.first_state import FirstState
 from hvdscale.keras.replicas import path_of
 from hvdscale.sync.tensors import Role, Tensors, TensorSpec
 
@@ -58,6 +59,8 @@ class KerasStore:
         self._optimizer = optimizer
         self.variables: list[Any] = []
         self._staged: list[np.ndarray] | None = None
+        self.first_state = FirstState(optimizer)
+        self._spoilt = False
         self._lr = 0.0
         self.weights: Tensors = self._list([(v, "embedding" if id(v) in embeddings else "weight") for v in variables])
         self.buffers: Tensors = self._list([pair for layer in layers for pair in _statistics(layer)])
@@ -94,6 +97,17 @@ class KerasStore:
     def forget_moments(self, positions: Sequence[int]) -> None:
         moments = self.moments(positions)
         moments.write(range(len(moments.specs)), np.zeros(sum(spec.size for spec in moments.specs), np.float32))
+
+    def begin_anew(self) -> None:
+        if self._staged is None:
+            self.first_state.take(self.first_state.values())
+        else:
+            self._spoilt = True  # the graph has the variables: it asks afterwards
+
+    def spoilt(self) -> bool:
+        """Whether the optimizer must still begin anew; asked once."""
+        spoilt, self._spoilt = self._spoilt, False
+        return spoilt
 
     def lr(self) -> float:
         if self._staged is not None:

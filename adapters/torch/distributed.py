@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import horovod.torch as _horovod
@@ -226,8 +227,8 @@ def _watch(optimizer: Optimizer, held: Attachment) -> None:
         held.exchange = DeltaReducer(terms.reduction, **common)
     elif isinstance(terms.plan, LocalPlan):
         warm = terms.plan.warmup > 0 and terms.process_set.size() > 1
-        reducer = Reducer(terms.reduction, sparse=held.sparse, survey=survey, **common) if warm else None
-        held.exchange = LocalTraining(terms.plan, optimizer, held.model, terms.process_set, reducer)
+        averager = partial(Reducer, terms.reduction, sparse=held.sparse, survey=survey, **common)
+        held.exchange = LocalTraining(terms.plan, optimizer, held.model, terms.process_set, averager if warm else None)
     elif terms.plan.placed:
         held.exchange = PlacedUpdate(terms.plan, optimizer, terms.reduction, **common)
     else:

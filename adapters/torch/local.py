@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from horovod.torch import ProcessSet
@@ -28,7 +28,7 @@ class LocalTraining(StepsOnParameters):
         optimizer: whose step it is.
         model: for buffers and embeddings, if known.
         process_set: the ranks that meet.
-        reducer: averages gradients during the warm-up; ``None`` without one.
+        averager: makes what averages gradients during the warm-up; ``None`` without one.
     """
 
     def __init__(
@@ -37,15 +37,16 @@ class LocalTraining(StepsOnParameters):
         optimizer: Optimizer,
         model: nn.Module | None,
         process_set: ProcessSet,
-        reducer: Reducer | None,
+        averager: Callable[[], Reducer] | None,
     ) -> None:
         self._plan = plan
         self._optimizer = optimizer
         self._model = model
         self._process_set = process_set
-        self._reducer = reducer
+        self._averager = averager
+        self._reducer = None if averager is None else averager()
         self._named: list[tuple[str, Tensor]] = []
-        self.passes = 1 if reducer is None else reducer.passes
+        self.passes = 1 if self._reducer is None else self._reducer.passes
         self.sync: LocalSync[Tensor]
 
     @property
@@ -70,7 +71,7 @@ class LocalTraining(StepsOnParameters):
                 lambda patient: open_channel(self._process_set, patient),
                 lambda: open_post(self._process_set),
             )
-            self.sync = LocalSync(self._engine, self._store, torch.from_numpy, self._leave_warmup)
+            self.sync = LocalSync(self._engine, self._store, torch.from_numpy, self._enter_phase)
         else:
             root = (self._process_set.ranks or [0])[0]
             broadcast_parameters([p for _, p in named], root, self._process_set)
@@ -110,13 +111,17 @@ class LocalTraining(StepsOnParameters):
         if self._reducer is not None:
             self._reducer.after_step()
         self._engine.after_step()
-        self._leave_warmup()
+        self._enter_phase()
 
-    def _leave_warmup(self) -> None:
-        """No gradient is averaged after the warm-up, which ends with a step, or with the state of a later one."""
+    def _enter_phase(self) -> None:
+        """Gradients are averaged in the warm-up alone. A step ends it, and a state may be of either side."""
         if self._reducer is not None and not self._engine.warming_up:
             self._reducer.stop()
             self._reducer = None
+        elif self._reducer is None and self._averager is not None and self._engine.warming_up:
+            self._reducer = self._averager()
+            self._reducer.add(self._named)
+            self._reducer.set_passes(self.passes)
 
     def step_skipped(self) -> None:
         """A gradient scaler left the step out: it counts all the same, so that ranks meet at the same round."""

@@ -72,7 +72,17 @@ class TorchStore:
 
     def forget_moments(self, positions: Sequence[int]) -> None:
         for position in positions:
-            self._optimizer.state.pop(self._named[position][1], None)
+            parameter = self._named[position][1]
+            self._optimizer.state.pop(parameter, None)
+            if isinstance(self._optimizer, torch.optim.Adagrad):  # alone makes its state with itself, not when it steps
+                first = self._optimizer.defaults["initial_accumulator_value"]
+                self._optimizer.state[parameter] |= {
+                    "step": torch.tensor(0.0),
+                    "sum": torch.full_like(parameter, first),
+                }
+
+    def begin_anew(self) -> None:
+        self.forget_moments(range(len(self._named)))
 
     def lr(self) -> float:
         return float(self._optimizer.param_groups[0]["lr"])

@@ -95,6 +95,16 @@ class Anchored(Part):
             np.subtract(self.anchor[place], mean[place], out=mean[place])
             self._write(positions, place, mean)
 
+    def restore(self) -> bool:
+        values = np.empty_like(self.anchor)
+        self.read(values)
+        if np.isfinite(values).all():
+            return False
+        for positions, place in self.runs:
+            self._write(positions, place, self.anchor)
+        self.samples = self.since = 0.0  # nothing was learnt
+        return True
+
     def finish(self) -> None:
         for positions, place in self.runs:  # merging had rounded
             self._write(positions, place, self.anchor)

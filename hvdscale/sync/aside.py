@@ -25,6 +25,10 @@ class Aside:
         for mean, variance in self._pairs:
             self.values[variance] += np.square(self.values[mean])
 
+    @property
+    def finite(self) -> bool:
+        return bool(np.isfinite(np.dot(self.values, self.values)) or np.isfinite(self.values).all())
+
     def arrive(self) -> None:
         """Write the means back."""
         for mean, variance in self._pairs:

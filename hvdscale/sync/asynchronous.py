@@ -18,6 +18,7 @@ from hvdscale.runtime import timeline
 from hvdscale.runtime.post import Post
 from hvdscale.sync.aside import Aside
 from hvdscale.sync.parameter_server import ParameterServer
+from hvdscale.sync.recovery import Recovery
 from hvdscale.sync.requests import Ask, Message
 from hvdscale.sync.servers import Servers
 from hvdscale.sync.state import check_origin, copy_into, origin
@@ -73,6 +74,7 @@ class Asynchronous:
         self._post = connect()
         self._servers = Servers(plan, self._post, total)
         self._service = self._servers.service
+        self._recovery = Recovery(store, self._post.ranks[self._post.rank])
         self._base = np.empty(total, np.float32)  # the weights as last pulled
         narrow = any(spec.dtype != "float32" for spec in store.weights.specs)
         self._rounding = np.zeros_like(self._base) if narrow else None  # what writing them lost
@@ -96,6 +98,11 @@ class Asynchronous:
     def warming_up(self) -> bool:
         """The next step is one of the first, in which gradients are averaged."""
         return self.step < self.plan.warmup
+
+    @property
+    def anew(self) -> int:
+        """The step after which this rank's inner optimizer last began anew; 0 if it never did."""
+        return self._recovery.at
 
     @property
     def meets_next(self) -> bool:
@@ -201,7 +208,7 @@ class Asynchronous:
         self.flush()
         twin = Asynchronous(self.plan, store, self._connect)
         self._end()
-        twin._figures, twin.step = self._counted(), self.step
+        twin._figures, twin.step, twin._recovery = self._counted(), self.step, self._recovery.over(store)
         return twin
 
     def _counted(self) -> _Figures:
@@ -243,6 +250,8 @@ class Asynchronous:
         for server, place in places.items():
             self._base[place] = answers[server].values
         self._write()
+        if change is not None and not change.size:
+            self._recovery.come_back(self.step)
         if beside is not None and beside.values.size:
             beside.values[:] = answers[first].ledger[self._post.size :]
             beside.arrive()
@@ -301,6 +310,7 @@ class Asynchronous:
             "pushes": self._pushes,
             "since": self._since,
             "samples": self._samples,
+            "anew": self.anew,
             "servers": ledgers,
             "figures": {**figures, "stale": [[k, n] for k, n in figures["stale"].items()]},
             "arrays": arrays,
@@ -313,6 +323,11 @@ class Asynchronous:
             StateError: the state of another rank, model, plan or number of ranks, or one that is incomplete.
         """
         check_origin(state, self._origin())
+        if self._begun and not state["begun"]:
+            raise StateError(
+                "This state of optimizer.sync is from the warm-up, and here ranks train alone already. Load it before "
+                "the first step, into an optimizer wrapped anew."
+            )
         self.step = state["step"]
         if not state["begun"] or not self.trains:
             return
@@ -332,6 +347,7 @@ class Asynchronous:
             messages[server] = Message(Ask.LOAD, ledger=ledger, values=values)
         self._clock, self._pushes = state["clock"], state["pushes"]
         self._since, self._samples = state["since"], state["samples"]
+        self._recovery.at = state.get("anew", 0)  # not in states of older versions
         figures = dict(state["figures"])
         self._figures = _Figures(**{**figures, "stale": dict(figures["stale"])})
         self._fresh = self._service.idle = False

@@ -53,6 +53,11 @@ class Engine(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
+    @property
+    def anew(self) -> int:
+        """The step after which this rank's inner optimizer last began anew; 0 if it never did."""
+        ...
+
 
 def begin(
     plan: LocalPlan, store: Store, open_channel: Callable[[bool], Channel], open_post: Callable[[], Post]

@@ -94,6 +94,13 @@ class Part(ABC):
     def arrive(self, departure: Departure, meeting: Meeting, lr: float) -> Found:
         """Take ``departure.values``, now what became of them over ranks; overwrites them. ``lr`` is the inner rate."""
 
+    def restore(self) -> bool:
+        """Where this rank's weights are not finite, hold those that were last agreed on; returns whether it had to.
+
+        Without an anchor there are none.
+        """
+        return False
+
     @abstractmethod
     def finish(self) -> None:
         """After a last round of everyone: hold the shared weights, to the last bit."""

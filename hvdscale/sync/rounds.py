@@ -26,6 +26,7 @@ from hvdscale.sync.metrics import Metrics, Told
 from hvdscale.sync.node_round import NodeRounds
 from hvdscale.sync.nodes import find_nodes
 from hvdscale.sync.part import Departure
+from hvdscale.sync.recovery import Recovery
 from hvdscale.sync.relaxed import Relaxed
 from hvdscale.sync.state import check_origin, copy_into, origin
 from hvdscale.sync.tensors import Store
@@ -69,6 +70,7 @@ class Rounds:
         self._begun = False
         self._departures = 0
         self._told = Told()
+        self._recovery = Recovery(store, channel.ranks[channel.rank])
         self._flights: list[Flight] = []
         self._sent_before_bytes = 0  # by the run that this one resumes
 
@@ -81,6 +83,11 @@ class Rounds:
     def warming_up(self) -> bool:
         """The next step is one of the first, in which gradients are averaged."""
         return self.step < self.plan.warmup
+
+    @property
+    def anew(self) -> int:
+        """The step after which this rank's inner optimizer last began anew; 0 if it never did."""
+        return self._recovery.at
 
     @property
     def bytes_sent(self) -> int:
@@ -180,7 +187,7 @@ class Rounds:
                 if name in known and known[name][slot].size == array.size:
                     array[:] = known[name][slot]
         twin.metrics, twin.step, twin._departures = self.metrics, self.step, self._departures
-        twin._sent_before_bytes = self._sent_before_bytes
+        twin._sent_before_bytes, twin._recovery = self._sent_before_bytes, self._recovery.over(store)
         for part, before in zip(twin._parts, self._parts, strict=True):
             part.load_numbers(before.numbers())
         twin._calendar.restart(max(self.step, self.plan.warmup))
@@ -225,6 +232,7 @@ class Rounds:
             "step": self.step,
             "begun": self._begun,
             "departures": self._departures,
+            "anew": self.anew,
             "losses": [list(told) for told in self._told.losses],
             "calendar": self._calendar.state(),
             "parts": [part.numbers() for part in self._parts],
@@ -260,6 +268,7 @@ class Rounds:
         self._calendar.load(state["calendar"])
         self._told = Told([(loss, samples) for loss, samples in state["losses"]])
         self.step, self._begun, self._departures = state["step"], state["begun"], state["departures"]
+        self._recovery.at = state.get("anew", 0)  # not in states of older versions
         counted = dict(state["metrics"])
         self._sent_before_bytes += counted.pop("bytes_sent") - self.bytes_sent
         self.metrics = Metrics(**counted)
@@ -288,6 +297,8 @@ class Rounds:
             asides = self._asides(fragment)
             header = self._header(fragment, phase, departure, asides, part.samples, float("nan"))
             meeting = self._inside.hold(part, header, departure, asides)
+        if not departure.finite and meeting.shares.any():
+            self._come_back(fragment)
         part.samples = 0.0
         self.metrics.not_finite += len(meeting.not_finite)
         self.metrics.node_rounds += 1
@@ -318,7 +329,7 @@ class Rounds:
             phase=phase,
             step=self.step,
             weight=weight,
-            finite=departure.finite,
+            finite=departure.finite and all(aside.finite for aside in asides),
             square=departure.square,
             loss=loss,
             beside=sum(aside.values.size for aside in asides),
@@ -336,6 +347,18 @@ class Rounds:
         if self.plan.state == "average":
             asides.append(Aside(self._store.moments(self._parts[fragment].fragment.positions)))
         return asides
+
+    def _come_back(self, fragment: int) -> None:
+        """This rank's weights of ``fragment`` were not finite and are those of the others now. So must the rest be."""
+        for number, part in enumerate(self._parts):
+            if number == fragment or not part.restore():
+                continue
+            if self.plan.state != "keep":
+                self._store.forget_moments(part.fragment.positions)
+            for flight in self._flights:
+                if flight.fragment == number and flight.departure.weights is not None:
+                    flight.departure.weights[:] = part.shared()  # it arrives as if it had left from there
+        self._recovery.come_back(self.step, moments=self.plan.state == "keep")
 
     def _land_due(self, everything: bool = False) -> bool:
         landing = [flight for flight in self._flights if everything or flight.lands_at <= self.step]
@@ -361,6 +384,8 @@ class Rounds:
             metrics.rounds += 1
             metrics.loss = meeting.loss
             metrics.distance, metrics.drift = found.distance, found.drift
+            if not flight.departure.finite:
+                self._come_back(flight.fragment)
         if settle:
             self._calendar.settle(flight.fragment, metrics.drift)
         metrics.seconds += time.perf_counter() - started

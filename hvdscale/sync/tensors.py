@@ -71,6 +71,10 @@ class Store(Protocol):
         """The inner optimizer goes on with the weights at ``positions`` as if it had just been made."""
         ...
 
+    def begin_anew(self) -> None:
+        """The inner optimizer goes on as if it had just been made, for all weights: its state was not finite."""
+        ...
+
     def lr(self) -> float:
         """The inner learning rate now."""
         ...

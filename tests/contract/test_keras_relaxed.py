@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,15 +120,41 @@ def test_a_pass_left_out_on_one_rank_counts_and_no_batch_waits_for_other_ranks(
     assert_equal_everywhere(model.weights)
 
 
-def test_a_rank_with_nan_does_not_vote_and_recovers(driver: ContractDriver, rank: int, size: int) -> None:
+MADE_ANEW: dict[str, Callable[[], Any]] = {
+    "adam": lambda: Adam(0.01, amsgrad=True, gradient_accumulation_steps=2),
+    "ema": lambda: SGD(0.1, use_ema=True),
+    "schedule-free": lambda: keras.optimizers.ScheduleFreeAdamW(0.01),  # begins with the weights
+}
+
+
+@pytest.mark.parametrize("kind", MADE_ANEW)
+def test_after_nan_an_optimizer_goes_on_as_one_just_made(
+    driver: ContractDriver, rank: int, size: int, kind: str
+) -> None:
     model = network(START)
-    optimizer = driver.hvd.DistributedOptimizer(SGD(0.1), model=model, sync=LocalSGD(2))
-    batches = own_batches(2)
-    if rank == size - 1 and size > 1:
-        batches[1][0][:] = np.nan
-    fit(model, optimizer, batches)
+    optimizer = driver.hvd.DistributedOptimizer(MADE_ANEW[kind](), model=model, sync=LocalSGD(4))
+    passes = optimizer.gradient_accumulation_steps or 1
+    batches = own_batches(7 * passes)
+    ill = rank == size - 1 and size > 1
+    if ill:
+        batches[2 * passes][0][:] = np.nan
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(model, optimizer, batches[: 4 * passes])
+        weights, updates = weights_of(model), int(optimizer.iterations)
+        fit(model, optimizer, batches[4 * passes :])
+    told = [str(w.message) for w in caught if "not finite" in str(w.message)]
+    assert [text.startswith(f"Rank {rank} ") for text in told] == [True] * ill
+    assert updates == 4, "schedules go by the updates of the whole run"
+    if ill and kind == "ema":  # whose averages became the weights, twice
+        for weight, shared in zip(weights, optimizer.sync.outer_weights().values(), strict=True):
+            np.testing.assert_array_equal(weight, driver.numpy(shared))
+    elif ill:
+        assert_close(weights_of(model), plain_weights(MADE_ANEW[kind](), batches[4 * passes :], weights))
     assert optimizer.sync.metrics()["not_finite"] == (size > 1)
-    assert all(np.isfinite(w).all() for w in weights_of(model))
+    assert optimizer.sync.state_dict()["anew"] == (4 if ill else 0)
+    optimizer.sync.flush()
+    assert all(np.isfinite(keras.ops.convert_to_numpy(v)).all() for v in optimizer.variables)
     assert_equal_everywhere(model.weights)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from typing import Any
 
 import numpy as np
@@ -285,6 +286,54 @@ def test_ranks_that_run_out_of_data_flush_and_are_waited_for(rank: int, size: in
     optimizer.sync.flush()
     assert agree(model)
     assert optimizer.sync.metrics()["steps"] == 4 + 3 * (size - 1)
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "Adagrad"])  # the second has state from the start
+def test_after_nan_an_optimizer_goes_on_as_one_just_made(rank: int, size: int, kind: str) -> None:
+    def made(model: nn.Module) -> Any:
+        return getattr(torch.optim, kind)(model.parameters(), lr=0.01)
+
+    model = network()
+    optimizer = hvd.DistributedOptimizer(made(model), model=model, sync=LocalSGD(3))
+    ill = rank == size - 1 and size > 1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for number in range(3):
+            step(model, optimizer, rank, number)
+            if ill and number == 0:
+                nn.init.constant_(model[0].bias, float("nan"))  # reaches all gradients, and so all moments
+    told = [str(w.message) for w in caught if "not finite" in str(w.message)]
+    assert [text.startswith(f"Rank {rank} ") for text in told] == [True] * ill
+    twin = copy.deepcopy(nn.Sequential(*model))
+    plain = made(twin)
+    for number in range(3, 5):
+        step(model, optimizer, rank, number)
+        step(twin, plain, rank, number)
+    if ill:
+        torch.testing.assert_close(list(model.parameters()), list(twin.parameters()))
+    step(model, optimizer, rank, 5)
+    assert agree(model)
+    assert all(value.isfinite().all() for state in optimizer.state.values() for value in state.values())
+
+
+def test_a_state_from_inside_the_warmup_brings_averaging_back(rank: int) -> None:
+    model = network()
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model=model, sync=LocalSGD(100, warmup=3)
+    )
+    step(model, optimizer, rank, 0)
+    state, weights = optimizer.sync.state_dict(), copy.deepcopy(model.state_dict())
+    ends = []
+    for _ in range(2):
+        for number in range(1, 3):
+            step(model, optimizer, rank, number)
+        assert agree(model)
+        ends.append(everyones(model))
+        for number in range(3, 5):  # past the warm-up, each alone
+            step(model, optimizer, rank, number)
+        model.load_state_dict(weights)
+        optimizer.sync.load_state_dict(state)
+    assert torch.equal(*ends)
 
 
 def test_a_compiled_model_trains_with_rounds(rank: int) -> None:

@@ -54,5 +54,8 @@ class NumPyStore:
         everything = range(len(self.moment.specs))
         self.moment.write(everything, np.zeros(sum(spec.size for spec in self.moment.specs), np.float32))
 
+    def begin_anew(self) -> None:
+        self.forget_moments(())
+
     def lr(self) -> float:
         return self.rate

@@ -38,7 +38,8 @@ class Trainer:
         self.velocity = np.zeros(49)
         self._momentum, self._problem = momentum, Quadratic.of(transport.rank)
         statistics = NumPyTensors(self.buffers, {"mean": "mean", "var": "variance"})
-        self.store = NumPyStore(NumPyTensors(self.arrays), buffers=statistics, rate=LR)
+        moment = NumPyTensors({"velocity": self.velocity})
+        self.store = NumPyStore(NumPyTensors(self.arrays), buffers=statistics, moment=moment, rate=LR)
         self.engine = Asynchronous(plan, self.store, lambda: open_post(transport))
 
     def flat(self) -> np.ndarray:
@@ -49,7 +50,8 @@ class Trainer:
             time.sleep(pause_seconds)
             self.engine.before_step()
             gradient = self._problem.gradient(self.flat())
-            self.velocity = self._momentum * self.velocity + gradient if self._momentum else gradient
+            self.velocity *= self._momentum
+            self.velocity += gradient
             at = 0
             for array in self.arrays.values():
                 array -= (LR * self.velocity[at : at + array.size]).reshape(array.shape).astype(array.dtype)
@@ -165,13 +167,16 @@ def test_ranks_that_finish_early_are_no_hindrance_and_training_goes_on_after_a_f
         np.testing.assert_allclose(mean, 1.0)  # of 0, 1 and 2
 
 
-def test_a_rank_with_nan_does_not_vote_and_recovers() -> None:
+def test_a_rank_with_nan_does_not_vote_and_recovers_with_its_moments() -> None:
     def body(transport: Transport) -> tuple[np.ndarray, float]:
-        trainer = Trainer(ParameterServer(1), transport)
+        trainer = Trainer(ParameterServer(1), transport, momentum=0.5)
         trainer.train(2)
         if transport.rank == 1:
             trainer.arrays["b"][0] = np.nan
-        trainer.train(3)
+            with pytest.warns(RuntimeWarning, match="Rank 1 brought"):
+                trainer.train(1)
+            assert trainer.engine.anew == 3
+        trainer.train(3 - transport.rank)
         trainer.engine.flush()
         return trainer.flat(), trainer.engine.figures()["not_finite"]
 

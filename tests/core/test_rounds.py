@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -149,22 +150,39 @@ def test_samples_weigh() -> None:
         assert loss == 3.0
 
 
-@pytest.mark.parametrize("overlap", [0, 1])
-def test_a_rank_with_nan_does_not_vote_and_recovers(overlap: int) -> None:
-    def body(transport: Transport) -> tuple[np.ndarray, int]:
-        trainer = Trainer(LocalSGD(3, overlap=overlap), transport)
-        trainer.train(2)
-        if transport.rank == 1:
-            trainer.arrays["b"][0] = np.nan
-        trainer.train(2)
+@pytest.mark.parametrize(
+    "plan",
+    [
+        LocalSGD(3),
+        LocalSGD(3, overlap=1),
+        LocalSGD(4, state="average"),
+        DiLoCo(6, fragments=3, overlap=2),  # a NaN in one fragment reaches the others at the next step
+        LocalSGD(4, fragments=2, state="average"),
+        LocalSGD(2, groups="node", across=2),
+    ],
+    ids=str,
+)
+def test_a_rank_with_nan_does_not_vote_and_recovers_with_its_moments(plan: Relaxed) -> None:
+    def body(transport: Transport) -> tuple[np.ndarray, int, int]:
+        trainer = Trainer(plan, transport, momentum=0.5)
+        for _ in range(3):  # the second time nobody is told
+            trainer.train(plan.every - 1)
+            if transport.rank == 1:
+                trainer.arrays["b"][0] = np.nan
+            trainer.train(plan.every + 1)
+        assert all(np.isfinite(velocity).all() for velocity in trainer.velocity.values())
         trainer.rounds.flush()
-        return trainer.flat(), trainer.rounds.metrics.not_finite
+        return trainer.flat(), trainer.rounds.metrics.not_finite, trainer.rounds.anew
 
-    results = on_ranks(3, body)
-    for weights, not_finite in results:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        results = on_ranks(4, body)
+    assert [str(w.message).split(" brought")[0] for w in caught] == ["Rank 1"]
+    for rank, (weights, not_finite, anew) in enumerate(results):
         assert np.isfinite(weights).all()
         np.testing.assert_array_equal(weights, results[0][0])
-        assert not_finite >= 1
+        assert not_finite >= 3 or (rank > 1 and plan.groups == "node")
+        assert (anew > 0) == (rank == 1 and plan.state == "keep")
 
 
 def test_when_no_rank_is_finite_nobody_moves() -> None:

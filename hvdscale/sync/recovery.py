@@ -1,0 +1,43 @@
+"""A rank whose weights stopped being finite, and came back from the others: its inner optimizer must not stay behind.
+
+Moments that a NaN has reached never leave it again, and would spoil the weights at the very next step.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+from hvdscale.sync.tensors import Store
+
+__all__ = ["Recovery"]
+
+
+class Recovery:
+    """Of one rank. ``at``: the step after which its inner optimizer last began anew; 0 if it never did."""
+
+    def __init__(self, store: Store, rank: int, at: int = 0) -> None:
+        self.at = at
+        self._store, self._rank = store, rank
+        self._warned = False
+
+    def over(self, store: Store) -> Recovery:
+        """The same for another store."""
+        twin = Recovery(store, self._rank, self.at)
+        twin._warned = self._warned
+        return twin
+
+    def come_back(self, step: int, moments: bool = True) -> None:
+        """This rank holds the others' weights again; ``moments``: its optimizer's must be forgotten."""
+        if moments:
+            self._store.begin_anew()
+            self.at = step
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"Rank {self._rank} brought weights that are not finite to the round after step {step}. It goes on "
+                "with those of the other ranks, and its optimizer's moments begin anew; the steps it made since it was "
+                "last finite are lost. Look for what made its loss NaN or infinite: a batch, or too high a learning "
+                "rate. Later cases are only counted, in optimizer.sync.metrics()['not_finite'].",
+                RuntimeWarning,
+                stacklevel=2,
+            )
