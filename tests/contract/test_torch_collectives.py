@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hvdscale.sync import Reduction
-from hvdscale.torch import handles, process_sets
+from hvdscale.torch import handles
 
 DTYPES = [
     torch.uint8,
@@ -238,10 +238,11 @@ def test_adasum_of_sparse_gradients_is_refused(hvd: Any, size: int) -> None:
             hvd.reduce_gradients([GRADIENTS[5](0)], Reduction("adasum"))
 
 
-def test_backward_passes_meet_after_one_rank_worked_alone(hvd: Any, rank: int, size: int) -> None:
-    (alone,) = process_sets.intern([[0]])
-    for _ in range(2 if rank == 0 else 0):
-        hvd.allreduce(torch.ones(1), process_set=alone)
+def test_backward_passes_meet_after_some_ranks_worked_among_themselves(
+    driver: Any, hvd: Any, rank: int, size: int
+) -> None:
+    for _ in range(2 if driver.even_ranks.included() else 0):
+        hvd.allreduce(torch.ones(1), process_set=driver.even_ranks)
     value = torch.full((2,), rank + 1.0, requires_grad=True)
     hvd.allreduce(value, op=hvd.Sum).sum().backward()
     assert value.grad.tolist() == [size, size]
