@@ -13,11 +13,11 @@ import keras
 import numpy as np
 import xxhash
 from keras import layers, ops, tree
-from keras.src.backend.common import global_state
 
 from hvdscale.errors import DesyncError, PlanError
 from hvdscale.keras.backend import verbs
 from hvdscale.keras.keras_hooks import install_hooks
+from hvdscale.keras.lazy import give_value
 from hvdscale.keras.parallel_layers import (
     ColumnParallelDense,
     ColumnParallelEinsumDense,
@@ -92,9 +92,7 @@ def shard_features(model: Any, mesh: Mesh, rules: Rules, loss: Loss | None) -> F
     """
     mesh.check(verbs.world().size)
     if mesh.pp > 1:
-        raise PlanError(
-            f'by="features" makes no stages, and the mesh has pp={mesh.pp}. Use pp=1; pipelines are in hvdscale.torch.'
-        )
+        raise PlanError(f'by="features" makes no stages, and the mesh has pp={mesh.pp}. Use pp=1, or by="layers".')
     if not model.built:
         raise PlanError("The model has no variables yet, so there is nothing to split. Call model.build(shape) first.")
     if getattr(getattr(model, "optimizer", None), "built", False):
@@ -157,22 +155,13 @@ def _take_parts(weights: list[Any], cuts: Mapping[int, Split], team: Team, every
     """
     with verbs.eager():
         for variable in weights:
-            _give_value(variable)
+            give_value(variable)
             whole = np.ascontiguousarray(ops.convert_to_numpy(variable))
             first = everyone.first(whole.reshape(-1).view(np.uint8)).view(whole.dtype).reshape(whole.shape)
             if id(variable) in cuts:
                 keep_part(variable, first, cuts[id(variable)], team)
             else:
                 variable.assign(first)
-
-
-def _give_value(variable: Any) -> None:
-    """A variable that has none gets its value, and Keras does not wait to give it one any more."""
-    if variable._value is None:
-        variable._initialize_with_initializer(variable._initializer)
-        variable._initializer = None
-        waiting = global_state.get_global_attribute("uninitialized_variables", [])
-        global_state.set_global_attribute("uninitialized_variables", [v for v in waiting if v is not variable])
 
 
 def _same_seeds(every: Mapping[str, Any], copy: Team) -> None:

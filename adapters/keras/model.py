@@ -6,12 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+from keras import ops
 
 from hvdscale.errors import PlanError
 from hvdscale.keras.features import shard_features
+from hvdscale.keras.pipelined import shard_stages
 from hvdscale.keras.sharded import ShardedModel
 from hvdscale.model.mesh import Mesh
+from hvdscale.model.partition import Objective
 from hvdscale.model.rules import Rules
+from hvdscale.model.staging import Staging
 
 __all__ = ["shard_model"]
 
@@ -21,10 +25,25 @@ def shard_model(
     mesh: Mesh,
     by: str = "layers",
     *,
-    loss: Callable[[Any, Any], Any] | None = None,
+    loss: Callable[[Any, Any], Any] | str | None = None,
     rules: Rules = "auto",
+    microbatches: int = 1,
+    schedule: str = "1f1b",
+    chunks: int = 1,
+    recompute: bool = False,
+    balance: Objective | None = None,
+    sample: Any = None,
+    memory_cap: float | None = None,
+    count: Callable[[Any], Any] | None = None,
+    seed: int | None = None,
 ) -> ShardedModel:
     """Spread ``model`` over the ranks of ``mesh``. Collective: every rank makes the same call.
+
+    ``by="layers"``: a Sequential or Functional model, or a list of layers that begins with ``keras.Input(...)``, is cut
+    into as many stages as ``mesh.pp`` says, which work on micro-batches in turns. Layers of a list that are not built
+    yet get their weights on their own ranks alone. ``by="graph"``: cuts may also fall inside models that are layers of
+    the model; one with a ``call`` of its own is captured on symbolic inputs. Each rank keeps the layers of its stages
+    and gives up the memory of the others.
 
     ``by="features"``: layers are split in place over the tensor ranks (``mesh.tp``), which take the same batches;
     the data ranks (``mesh.dp``) take different ones. ``model.compile`` and ``model.fit`` work as before, with
@@ -34,24 +53,58 @@ def shard_model(
     Args:
         model: the whole model, built, and the same on every rank.
         mesh: its size is the number of ranks.
-        by: ``"features"``.
-        loss: ``loss(outputs, targets)``, a mean over the batch, for ``train_step`` and ``eval_step``.
+        by: ``"layers"``, ``"graph"`` or ``"features"``.
+        loss: ``loss(outputs, targets)``, a mean over the batch, for ``train_step`` and ``eval_step``; or a
+            ``keras.losses.Loss``, or the name of one.
         rules: by features: ``"auto"``, or patterns of layer paths and what becomes of the layers: ``"column"``
             (outputs split; left so where a ``"row"`` layer takes them through elementwise functions alone), ``"row"``
             (inputs split), ``"heads"`` (a ``MultiHeadAttention``), ``"vocab"`` (an embedding's rows; a dense layer's
             outputs, left split for ``parallel_cross_entropy``).
+        microbatches: in a pipeline, into how many pieces a batch is divided; more of them, less waiting.
+        schedule: ``"1f1b"``, ``"gpipe"`` or ``"interleaved"``; ``"zb"`` runs as ``"1f1b"``.
+        chunks: stages on each rank; with ``"interleaved"`` and ``"gpipe"``.
+        recompute: keep only the inputs of each stage, and run its forward pass again before its backward pass.
+        balance: what stages have equally much of: ``"time"``, ``"memory"`` or ``"params"``. Left out: ``"time"`` where
+            there is a ``sample``.
+        sample: a batch of the model's input, with which the first rank measures the forward pass of each layer.
+        memory_cap: bytes that no stage may exceed, as estimated.
+        count: over how many terms the loss of a target is the mean, where that is not its number of samples:
+            ``lambda y: keras.ops.sum(y != ignored)``.
+        seed: of dropout. Left out: that of ``keras.utils.set_random_seed`` on rank 0, or any.
 
     Raises:
-        PlanError: a mesh of another size, rules that match nothing, a layer that cannot be split so.
+        PlanError: a mesh of another size, more stages than layers, a model that cannot be captured, rules that match
+            nothing, a loss that is not a mean, a layer that cannot be split so. On every rank.
         DesyncError: ranks hold different models.
     """
     if not isinstance(mesh, Mesh):
         raise PlanError(f"mesh is a Mesh, such as hvd.Mesh(dp=2, tp=2); it is {mesh!r}.")
-    if not isinstance(model, keras.Model):
-        raise PlanError(f"model is a keras.Model; it is a {type(model).__name__}.")
+    if by not in ("layers", "graph", "features"):
+        raise PlanError(f"by is 'layers', 'graph' or 'features'; it is {by!r}.")
     if by == "features":
-        return shard_features(model, mesh, rules, loss)
-    raise PlanError(
-        f'A Keras model is split by features alone, and by is {by!r}. Give by="features"; pipelines (by="layers" and '
-        'by="graph") are in hvdscale.torch.'
-    )
+        if not isinstance(model, keras.Model):
+            raise PlanError(f"model is a keras.Model; it is a {type(model).__name__}.")
+        return shard_features(model, mesh, rules, _of_outputs_first(loss))
+    if rules != "auto":
+        raise PlanError(f"rules say how features are split; by={by!r} makes stages of whole layers. Leave them out.")
+    staging = Staging(microbatches, schedule, chunks, recompute, balance, sample, memory_cap, count=count, seed=seed)
+    return shard_stages(model, mesh, by, _of_outputs_first(loss), staging)
+
+
+def _of_outputs_first(loss: Any) -> Any:
+    """A loss as a function of (outputs, targets), with the reduction it had."""
+    if isinstance(loss, str):
+        name = loss
+        try:
+            each = keras.losses.get(name)
+        except ValueError:
+            raise PlanError(f"loss={name!r} is not the name of a loss of Keras, such as 'mse'.") from None
+        return lambda outputs, targets: ops.mean(each(targets, outputs))
+    if not isinstance(loss, keras.losses.Loss):
+        return loss
+
+    def swapped(outputs: Any, targets: Any) -> Any:
+        return loss(targets, outputs)
+
+    swapped.reduction = loss.reduction  # type: ignore[attr-defined]
+    return swapped

@@ -14,27 +14,35 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 import hvdscale.tensorflow as hvd
 from hvdscale.sync import Reduction
 from hvdscale.tensorflow import sync
+from hvdscale.tensorflow.bundles import NESTS
 from hvdscale.tensorflow.channel import open_channel, open_post
 from hvdscale.tensorflow.kinds import in_kind, kind_of
 from hvdscale.tensorflow.messages import exchanges
 from hvdscale.tensorflow.metrics import open_writer, write_metrics
 from hvdscale.tensorflow.runtime import control, world
+from hvdscale.tensorflow.stages import TensorFlowStages as Stages
 from hvdscale.tensorflow.sync import op_name
-from hvdscale.tensorflow.teams import data_ranks, team_along, tensor_team
+from hvdscale.tensorflow.teams import connect, data_ranks, team_along, tensor_team
 from hvdscale.tensorflow.tensor_parallel import enter, exchanged, in_turn, join, leave, part_of, sum_over
 
 __all__ = [
+    "NESTS",
+    "Stages",
     "after_check",
     "apart_from_compilers",
     "as_dense",
     "broadcast_bytes",
+    "compiled",
     "compiled_by_xla",
+    "connect",
     "control",
     "data_ranks",
+    "draw_from",
     "eager",
     "enter",
     "exchanged",
     "exchanges",
+    "forget_values",
     "gather_rows",
     "gather_slices_of",
     "hand_out",
@@ -49,6 +57,7 @@ __all__ = [
     "open_channel",
     "open_post",
     "open_writer",
+    "pair",
     "part_of",
     "reduce_gradients",
     "run_between_steps",
@@ -241,6 +250,25 @@ def track_parts(layers: Sequence[Any]) -> None:
 
 def same_random_state(team: Any) -> None:
     """Go on from the random state of the team's first rank: Keras draws from its own seeds alone."""
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` as one graph."""
+    graph: Callable[..., Any] = tf.function(function, autograph=False, reduce_retracing=True)
+    return graph
+
+
+def draw_from(seed: Any) -> None:
+    """What is drawn outside Keras's generators: nothing here."""
+
+
+def pair(seed: Any) -> Any:
+    """The state of a generator that begins at ``seed``."""
+    return tf.stack([seed, 0])
+
+
+def forget_values(layers: Sequence[Any]) -> None:
+    """Let go of the values that these layers keep for the backend: none here."""
 
 
 def value_and_gradients(function: Callable[[], Any], variables: Sequence[Any]) -> tuple[Any, list[Any]]:

@@ -12,25 +12,33 @@ import torch
 
 import hvdscale.torch as hvd
 from hvdscale.sync import Kind, Reduction
+from hvdscale.torch.bundles import NESTS
 from hvdscale.torch.channel import open_channel, open_post
 from hvdscale.torch.gradients import HOROVOD_OPS, reduce_gradients
 from hvdscale.torch.metrics import open_writer, write_metrics
 from hvdscale.torch.runtime import control, world
-from hvdscale.torch.teams import data_ranks, team_along, tensor_team
+from hvdscale.torch.stages import TorchStages as Stages
+from hvdscale.torch.teams import connect, data_ranks, team_along, tensor_team
 from hvdscale.torch.tensor_parallel import enter, exchanged, join, leave, part_of, sum_over
 
 __all__ = [
+    "NESTS",
+    "Stages",
     "after_check",
     "apart_from_compilers",
     "as_dense",
     "broadcast_bytes",
+    "compiled",
     "compiled_by_xla",
+    "connect",
     "control",
     "data_ranks",
+    "draw_from",
     "eager",
     "enter",
     "exchanged",
     "exchanges",
+    "forget_values",
     "gather_rows",
     "gather_slices_of",
     "hand_out",
@@ -45,6 +53,7 @@ __all__ = [
     "open_channel",
     "open_post",
     "open_writer",
+    "pair",
     "part_of",
     "reduce_gradients",
     "run_between_steps",
@@ -205,6 +214,28 @@ def track_parts(layers: Sequence[Any]) -> None:
 def same_random_state(team: Any) -> None:
     """Go on from the random state of the team's first rank."""
     torch.set_rng_state(torch.from_numpy(team.first(torch.get_rng_state().numpy()).copy()))
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` as one graph: here as it is."""
+    return function
+
+
+def draw_from(seed: Any) -> None:
+    """What is drawn outside Keras's generators comes from ``seed``, an integer."""
+    torch.default_generator.manual_seed(int(seed))
+
+
+def pair(seed: Any) -> Any:
+    """The state of a generator that begins at ``seed``."""
+    return torch.tensor([int(seed), 0])
+
+
+def forget_values(layers: Sequence[Any]) -> None:
+    """Let go of the values that these layers keep for torch; they collect them anew when they are asked."""
+    for layer in layers:
+        if hasattr(layer, "_torch_params"):
+            del layer._torch_params
 
 
 def value_and_gradients(function: Callable[[], Any], variables: Sequence[Any]) -> tuple[Any, list[Any]]:

@@ -11,9 +11,10 @@ from hvdscale.errors import PlanError
 from hvdscale.model.mesh import Mesh
 from hvdscale.model.partition import Objective
 from hvdscale.model.rules import Rules
+from hvdscale.model.staging import Staging
 from hvdscale.torch.features import shard_features
 from hvdscale.torch.lazy import Lazy
-from hvdscale.torch.pipelined import Staging, shard_stages
+from hvdscale.torch.pipelined import shard_stages
 from hvdscale.torch.sharded import ShardedModel
 
 __all__ = ["shard_model"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hvdscale.errors import PlanError
 from hvdscale.model.pipeline import INPUT
 from hvdscale.torch.lazy import Lazy
+from hvdscale.torch.randomness import reseed
 from hvdscale.torch.skips import Pop, Push
 
 __all__ = ["Program", "Unit", "from_layers", "resolve"]
@@ -56,6 +57,23 @@ class Program:
             else:
                 found[name] = held
         return found
+
+    def seeds(self, nodes: Sequence[int], place: tuple[int, ...]) -> tuple[int, ...]:
+        """Each unit draws from the random state of its place."""
+        return place
+
+    def run(self, nodes: Sequence[int], values: dict[int, Any], seeds: tuple[int, ...] | None) -> None:
+        """Add the outputs of units ``nodes`` to ``values``."""
+        for node in nodes:
+            unit = self.units[node]
+            if seeds is not None:
+                reseed(*seeds, node)
+            values[node] = unit.call(self.root, *(values[source] for source in unit.reads))
+
+    def buffers(self, nodes: Sequence[int]) -> list[Tensor]:
+        """Of the modules of these units."""
+        held = [resolve(self.root, name) for node in nodes for name in self.units[node].holds]
+        return list({id(b): b for it in held if isinstance(it, nn.Module) for b in it.buffers()}.values())
 
 
 def resolve(root: nn.Module, name: str) -> Any:

@@ -10,40 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from hvdscale.model.batch import Batch
+from hvdscale.model.mean_check import mean_error
 from hvdscale.model.pipeline import INPUT, Pipeline
-from hvdscale.model.verbs import Bundle, Bytes, Spec
-from hvdscale.torch.bundles import pack, unpack
+from hvdscale.model.verbs import Bundle, Bytes, Spec, Units
+from hvdscale.torch.bundles import NESTS
 from hvdscale.torch.deferred import WeightsLater
-from hvdscale.torch.mean_check import mean_error
-from hvdscale.torch.program import Program, resolve
-from hvdscale.torch.randomness import apart, reseed
+from hvdscale.torch.randomness import apart
 
-__all__ = ["Batch", "TorchStages"]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One step's data as this rank has it.
-
-    Args:
-        x: the input of each micro-batch; empty where another rank has the first stage.
-        y: the target of each; empty where another rank has the last stage.
-        shares: the part of the whole mean that each micro-batch is; they add up to 1.
-        trains: whether layers draw random numbers and gradients are wanted.
-        seed: of the step.
-        scale: the loss is multiplied by it before the backward pass.
-        check: whether the loss has to be seen to be a mean.
-    """
-
-    x: Sequence[Any]
-    y: Sequence[Any]
-    shares: Sequence[float]
-    trains: bool
-    seed: tuple[int, ...]
-    scale: float = 1.0
-    check: bool = False
+__all__ = ["TorchStages"]
 
 
 @dataclass
@@ -60,22 +37,25 @@ class TorchStages:
     """Implements ``hvdscale.model.verbs.Verbs`` for tensors.
 
     Args:
-        program: the whole model; the modules of this rank's stages have their weights.
+        units: the whole model; those of this rank's stages have their weights.
         pipeline: how it is cut.
         loss: of the model's output and the target: a mean.
-        count: over how many terms the loss of a target is the mean.
+        count: over how many terms the loss of a target is the mean; ``None``: its samples.
+        parameters: this rank's.
         tied: this rank's copy of each shared parameter, in the order of ``pipeline.ties``; ``None`` for others'.
     """
 
     def __init__(
         self,
-        program: Program,
+        units: Units[Tensor],
         pipeline: Pipeline,
         loss: Callable[[Any, Any], Tensor],
-        count: Callable[[Any], float],
-        tied: Sequence[nn.Parameter | None],
+        count: Callable[[Any], Any] | None,
+        parameters: Sequence[Tensor],
+        tied: Sequence[Tensor | None],
     ) -> None:
-        self._program, self._pipeline, self._loss, self._count, self._tied = program, pipeline, loss, count, tied
+        self._units, self._pipeline, self._loss, self._tied = units, pipeline, loss, tied
+        self._count, self._parameters = count or NESTS.rows, parameters
         self._part_of = pipeline.part.part_of
         self._splits = pipeline.method == "zb"
         self._kept: dict[tuple[int, int], _Kept] = {}
@@ -97,6 +77,10 @@ class TorchStages:
                 if parameter is not None:
                     parameter.grad = None
 
+    def forget(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
     def forward(
         self, stage: int, microbatch: int, inputs: Mapping[int, Bundle[Tensor]], keep: bool
     ) -> Mapping[int, Bundle[Tensor]]:
@@ -116,7 +100,7 @@ class TorchStages:
 
     def recompute(self, stage: int, microbatch: int) -> None:
         kept = self._kept[stage, microbatch]
-        buffers = self._changing.get(stage, self._buffers(stage))
+        buffers = self._changing.get(stage, self._units.buffers(self._pipeline.part.parts[stage]))
         before = [(buffer, buffer.clone()) for buffer in buffers]
         with apart():
             values = self._run(stage, microbatch, kept)
@@ -163,6 +147,12 @@ class TorchStages:
         if kept.later is not None:
             kept.later.run()
 
+    def take_gradients(self) -> list[Tensor | None]:
+        """Of the parameters, in their order; they begin anew."""
+        gradients = [parameter.grad for parameter in self._parameters]
+        self.forget()
+        return gradients
+
     def tied_gradient(self, number: int) -> Tensor:
         parameter = self._tied[number]
         assert parameter is not None, "another rank holds this one"
@@ -196,21 +186,19 @@ class TorchStages:
 
     def _run(self, stage: int, microbatch: int, kept: _Kept) -> dict[int, Any]:
         """Values of the stage's units, and of those it reads."""
-        batch, values = self._batch, {}
+        batch, values = self._batch, dict[int, Any]()
         for source, bundle in kept.inputs.items():
             packed = json.loads(bundle.structure)
             for node, one in zip(self._pipeline.crossing[source, stage], packed, strict=True):
-                values[node] = unpack(one, bundle.tensors)
+                values[node] = NESTS.unpack(one, bundle.tensors)
         if stage == 0:
             values[INPUT] = batch.x[microbatch]
         if self._splits and batch.trains:
             kept.later = WeightsLater()
         with kept.later or nullcontext():
-            for node in self._pipeline.part.parts[stage]:
-                unit = self._program.units[node]
-                if batch.trains:
-                    reseed(*batch.seed, microbatch, node)
-                values[node] = unit.call(self._program.root, *(values[source] for source in unit.reads))
+            nodes = self._pipeline.part.parts[stage]
+            seeds = self._units.seeds(nodes, (*batch.seed, microbatch)) if batch.trains else None
+            self._units.run(nodes, values, seeds)
         return values
 
     def _outputs(self, stage: int, values: Mapping[int, Any], kept: _Kept) -> dict[int, Bundle[Tensor]]:
@@ -220,7 +208,7 @@ class TorchStages:
             if source != stage:
                 continue
             tensors: list[Tensor] = []
-            packed = [pack(values[node], tensors) for node in nodes]
+            packed = [NESTS.pack(values[node], tensors) for node in nodes]
             kept.outputs[target] = [t for t in tensors if t.requires_grad]
             cut = tuple(t.detach().requires_grad_(t.requires_grad) for t in tensors)
             bundles[target] = Bundle(cut, json.dumps(packed))
@@ -229,7 +217,8 @@ class TorchStages:
     def _evaluate(self, output: Any, microbatch: int, kept: _Kept) -> None:
         target = self._batch.y[microbatch]
         if self._batch.check and not microbatch:
-            self.error = mean_error(self._loss, self._count, output, target)
+            with torch.no_grad():
+                self.error = mean_error(self._loss, self._count, output, target, NESTS, lambda t: torch.cat([t, t]))
         loss = self._loss(output, target)
         if not self.error and (not isinstance(loss, Tensor) or loss.numel() != 1):
             self.error = f"loss returns one number, a mean; it returned {loss!r}."[:400]
@@ -240,8 +229,3 @@ class TorchStages:
                 return  # no term of the mean: its own loss may be 0 / 0
             self.losses[microbatch] = float(loss.detach()) * share
             kept.loss = loss * (share * self._batch.scale) if share * self._batch.scale != 1.0 else loss
-
-    def _buffers(self, stage: int) -> list[Tensor]:
-        units = [self._program.units[node] for node in self._pipeline.part.parts[stage]]
-        held = [resolve(self._program.root, name) for unit in units for name in unit.holds]
-        return list({id(b): b for it in held if isinstance(it, nn.Module) for b in it.buffers()}.values())

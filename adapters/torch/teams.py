@@ -9,11 +9,12 @@ from hvdscale.torch.process_sets import intern
 from hvdscale.torch.runtime import world
 from hvdscale.torch.tensor_parallel import keep_from_compilers
 
-__all__ = ["data_ranks", "team_along", "tensor_team"]
+__all__ = ["connect", "data_ranks", "team_along", "tensor_team"]
 
 _groups = Groups(world, intern)
 team_along = _groups.team_along
 data_ranks = _groups.data_ranks
+connect = _groups.connect
 
 
 def tensor_team(mesh: Mesh) -> Team:

@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from typing import Any
 
 from hvdscale.errors import DesyncError, PlanError
+from hvdscale.model.nests import Nests
 from hvdscale.runtime.transport import Transport
 
-__all__ = ["Claim", "agree_on_batch", "cut"]
+__all__ = ["Batch", "Claim", "agree_on_batch", "claim_of", "cut", "shares_of"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's data as this rank has it.
+
+    Args:
+        x: the input of each micro-batch; empty where another rank has the first stage.
+        y: the target of each; empty where another rank has the last stage.
+        shares: the part of the whole mean that each micro-batch is; they add up to 1.
+        trains: whether layers draw random numbers and gradients are wanted.
+        seed: of the step.
+        scale: the loss is multiplied by it before the backward pass.
+        check: whether the loss has to be seen to be a mean.
+    """
+
+    x: Sequence[Any]
+    y: Sequence[Any]
+    shares: Sequence[float]
+    trains: bool
+    seed: tuple[int, ...]
+    scale: float = 1.0
+    check: bool = False
 
 
 def cut(samples: int, microbatches: int) -> list[slice]:
@@ -80,3 +106,31 @@ def agree_on_batch(transport: Transport, mine: Claim, targets: bool) -> Claim:
     if targets and not claims[-1].y:
         raise PlanError(f"The last stage reads the target; rank {ranks[-1]}, which has it, was given none.")
     return Claim(str(agreed["does"]), str(agreed["x"]), str(agreed["y"]), int(agreed["samples"]))
+
+
+def claim_of(does: str, x: Any, y: Any, scale: float, nests: Nests[Any]) -> Claim:
+    """What a rank with this batch brings; ``None`` is what it was not given."""
+    samples = {name: nests.rows(value) for name, value in (("x", x), ("y", y)) if value is not None}
+    error = ""
+    for name, count in samples.items():
+        if count < 0:
+            error = (
+                f"the tensors of {name} have one first dimension, the samples; they are "
+                f"{nests.text(x if name == 'x' else y)}."
+            )
+    if not error and len(set(samples.values())) > 1:
+        error = f"x and y have as many samples; they have {samples['x']} and {samples['y']}."
+    return Claim(
+        does if scale == 1.0 else f"{does} with loss_scale={scale:g}",
+        "" if x is None else nests.text(x),
+        "" if y is None else nests.text(y),
+        max(samples.values(), default=0),
+        error,
+    )
+
+
+def shares_of(ys: Sequence[Any], count: Callable[[Any], Any]) -> list[float]:
+    """The part of the whole mean that each micro-batch is, where ``count(y)`` says of how many terms its own is."""
+    counts = [float(count(y)) for y in ys]
+    total = sum(counts)
+    return [c / total if total else 1 / len(counts) for c in counts]

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from hvdscale.model.mesh import Axis, Mesh
+from hvdscale.runtime.post import Post, SoloPost
 from hvdscale.runtime.session import World
 from hvdscale.runtime.team import Team, open_team
+from hvdscale.runtime.transport import SoloTransport, Transport
 
 __all__ = ["Groups"]
 
@@ -44,13 +46,29 @@ class Groups:
         """The ranks that hold the features of the same layers as this one. Collective over all ranks."""
         return self.team_along(mesh, "tp")
 
+    def connect(
+        self, mesh: Mesh, open_post: Callable[[Any], Post], control: Callable[[Any], Transport]
+    ) -> tuple[Post, Transport]:
+        """Among the ranks of this rank's pipeline, in the order of their stages. Collective over all ranks.
+
+        Args:
+            open_post, control: the adapter's, of a process set.
+        """
+        if mesh.pp == 1:
+            return SoloPost(), SoloTransport()
+        process_set = self._set_along(mesh, "pp")
+        return open_post(process_set), control(process_set)
+
     def data_ranks(self, mesh: Mesh) -> Any:
         """The process set of the ranks that hold the same part of the model as this one. Collective over all ranks.
 
         Raises:
             PlanError: ``init()`` was called without ``process_sets="dynamic"``, and it takes a set of its own.
         """
+        return self._set_along(mesh, "dp")
+
+    def _set_along(self, mesh: Mesh, *axes: Axis) -> Any:
         job = self._world()
         mesh.check(job.size)
-        groups = mesh.groups("dp")
-        return self._intern(groups)[groups.index(mesh.group(job.rank, "dp"))]
+        groups = mesh.groups(*axes)
+        return self._intern(groups)[groups.index(mesh.group(job.rank, *axes))]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Bundle", "Spec", "Verbs"]
+__all__ = ["Bundle", "Spec", "Units", "Verbs"]
 
 T = TypeVar("T")
 Bytes = npt.NDArray[np.uint8]
@@ -98,4 +98,20 @@ class Verbs(Protocol[T]):
 
     def empty(self, spec: Spec) -> T:
         """A tensor to receive into; ``view`` of it is writable."""
+        ...
+
+
+class Units(Protocol[T]):
+    """A model as numbered units, each of which reads the outputs of earlier ones: what an adapter's stages run."""
+
+    def seeds(self, nodes: Sequence[int], place: tuple[int, ...]) -> Any:
+        """What ``nodes`` draw random numbers from in their pass of ``place``, which no other pass has."""
+        ...
+
+    def run(self, nodes: Sequence[int], values: dict[int, Any], seeds: Any) -> None:
+        """Add the outputs of ``nodes`` to ``values``, which holds what they read. ``seeds`` is None in evaluation."""
+        ...
+
+    def buffers(self, nodes: Sequence[int]) -> list[T]:
+        """What ``run`` may change."""
         ...

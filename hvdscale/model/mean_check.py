@@ -3,48 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
+from hvdscale.model.nests import Nests
 
-from hvdscale.torch.bundles import map_tensors, select
+__all__ = ["mean_error"]
 
-__all__ = ["mean_error", "rows"]
+T = TypeVar("T")
 
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # others: 2e-2
-
-
-def rows(value: Any) -> int:
-    """The first dimension of the tensors in ``value``; 0 where there is none, -1 where they differ."""
-    sizes: set[int] = set()
-    map_tensors(lambda t: sizes.add(t.shape[0] if t.ndim else -1), value)
-    return sizes.pop() if len(sizes) == 1 else -1 if sizes else 0
+_TOLERANCE = {"float64": 1e-6, "float32": 1e-3}  # others: 2e-2
 
 
-@torch.no_grad()
-def mean_error(loss: Callable[[Any, Any], Any], count: Callable[[Any], float], output: Any, target: Any) -> str:
+def mean_error(
+    loss: Callable[[Any, Any], Any],
+    count: Callable[[Any], Any],
+    output: Any,
+    target: Any,
+    nests: Nests[T],
+    twofold: Callable[[T], T],
+) -> str:
     """What is wrong with the loss, tried on one micro-batch: twice the same samples must give the same mean.
 
     Empty where nothing is, or where it cannot be told (outputs without a dimension of samples, values not finite).
+
+    Args:
+        twofold: a tensor twice, one behind the other.
     """
-    samples = rows(target)
-    if samples < 1 or rows(output) != samples:
+    samples = nests.rows(target)
+    if samples < 1 or nests.rows(output) != samples:
         return ""
-    output = map_tensors(lambda t: t.detach(), output)
     once = loss(output, target)
-    if not isinstance(once, Tensor) or once.numel() != 1:
-        return f"loss returns one number, the mean over samples; it returned {_shown(once)}. Use reduction='mean'."
-    near = _TOLERANCE.get(once.dtype, 2e-2)
-    twice = loss(*(map_tensors(lambda t: torch.cat([t, t]), value) for value in (output, target)))
+    if not _is_number(once, nests):
+        return f"loss returns one number, the mean over samples; it returned {_shown(once, nests)}. Use a mean."
+    near = _TOLERANCE.get(nests.dtype(once), 2e-2)
+    twice = loss(nests.map(twofold, output), nests.map(twofold, target))
     if not _equal(float(twice), float(once), near):
         return (
             "loss must be a mean over samples, so that those of micro-batches add up; for the same samples twice it "
-            f"gave {float(twice):.6g} in place of {float(once):.6g}. Use reduction='mean'."
+            f"gave {float(twice):.6g} in place of {float(once):.6g}. Use a mean (reduction='mean')."
         )
     if samples > 1:
         halves = [slice(0, samples // 2), slice(samples // 2, None)]
-        pieces = [(select(output, half), select(target, half)) for half in halves]
+        pieces = [(nests.select(output, half), nests.select(target, half)) for half in halves]
         counts = [float(count(piece[1])) for piece in pieces]
         if sum(counts) <= 0:
             return ""
@@ -58,11 +58,15 @@ def mean_error(loss: Callable[[Any, Any], Any], count: Callable[[Any], float], o
     return ""
 
 
+def _is_number(value: Any, nests: Nests[Any]) -> bool:
+    return isinstance(value, nests.tensor) and all(length == 1 for length in value.shape)
+
+
 def _equal(a: float, b: float, near: float) -> bool:
     if a != a or b != b or abs(a) == float("inf") or abs(b) == float("inf"):
         return True  # not finite: nothing can be said
     return abs(a - b) <= near * max(abs(a), abs(b), 1e-6)
 
 
-def _shown(value: Any) -> str:
-    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+def _shown(value: Any, nests: Nests[Any]) -> str:
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, nests.tensor) else f"a {type(value).__name__}"

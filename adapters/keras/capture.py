@@ -1,0 +1,244 @@
+"""The units of a Keras model: the nodes of its Functional graph, or of the one that its layers make.
+
+A list of layers is strung together on symbolic inputs; so is a model of one's own, whose ``call`` is run on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import keras
+from keras import tree
+
+from hvdscale.errors import PlanError
+from hvdscale.keras.program import Program, Unit, marked, plain
+from hvdscale.model.pipeline import INPUT
+
+__all__ = ["capture", "from_layers"]
+
+_FUNCTIONAL = keras.src.models.functional.Functional
+
+Place = tuple[int, int]  # a unit, and which of its outputs
+
+
+def from_layers(model: Any, sample: Any) -> Program:
+    """The units of a Sequential or Functional model, or a list of layers; Sequential ones inside are taken apart.
+
+    Args:
+        sample: a batch of its input, to know shapes by where nothing else says them.
+
+    Raises:
+        PlanError: something that is no layer, or whose input nobody knows.
+    """
+    if isinstance(model, (list, tuple)) and model:
+        model = _strung(model, sample)
+    graph = _graph_of(model)
+    if graph is None:
+        what = "has no variables yet: call model.build(shape) first" if _sequential(model) else "is none of these"
+        raise PlanError(
+            'by="layers" takes a Sequential or Functional model, or a list of layers; this '
+            f'{type(model).__name__} {what}. List its layers, with keras.Input(...) before them, or use by="graph".'
+        )
+    return _program(model, graph, (keras.Sequential,))
+
+
+def capture(model: Any, sample: Any) -> Program:
+    """The units of any model, models inside it taken apart.
+
+    Raises:
+        PlanError: ``call`` cannot be run on symbolic inputs: what stopped it, and what to do.
+    """
+    if not isinstance(model, keras.Model):
+        raise PlanError(f'by="graph" takes a keras.Model; this is a {type(model).__name__}. A list goes by="layers".')
+    graph = _graph_of(model)
+    if graph is None:
+        inputs = _inputs_like(
+            sample, f"{type(model).__name__} is no Functional model, and is captured on symbolic inputs"
+        )
+        try:
+            with keras.StatelessScope(initialize_variables=False):
+                graph = keras.Function(inputs, model.call(inputs))
+        except Exception as error:
+            raise PlanError(
+                f"{type(model).__name__}.call cannot be captured: {type(error).__name__}: {error} Its operations must "
+                "be layers and keras.ops, and its control flow must not depend on values of tensors. Move what does "
+                'not fit into a layer of its own, which then stays in one piece; or list the layers with by="layers".'
+            ) from error
+    return _program(model, graph, (keras.Model,))
+
+
+def _graph_of(model: Any) -> Any:
+    """The graph of a Functional model or of a built Sequential one, or ``None``."""
+    if isinstance(model, keras.Sequential):
+        return getattr(model, "_functional", None)
+    return model if isinstance(model, _FUNCTIONAL) and type(model).call is _FUNCTIONAL.call else None
+
+
+def _sequential(model: Any) -> bool:
+    return isinstance(model, keras.Sequential)
+
+
+def _strung(layers: Sequence[Any], sample: Any) -> keras.Model:
+    """The list as a Functional model. Layers that are not built are, without values: each rank makes its own."""
+    first, *rest = layers
+    if isinstance(first, keras.KerasTensor):
+        inputs = first
+    elif isinstance(first, keras.layers.InputLayer):
+        inputs = first.output
+    else:
+        inputs, rest = _inputs_like(sample, "A list of layers begins with keras.Input(...)"), list(layers)
+    value = inputs
+    with keras.StatelessScope(initialize_variables=False):
+        for number, layer in enumerate(rest):
+            if not callable(layer):
+                raise PlanError(f"A layer is a Keras layer or a function of keras.ops; number {number} is {layer!r}.")
+            value = layer(value)
+        try:
+            return keras.Model(inputs, value)
+        except ValueError as error:  # two layers of one name, or a function that loses the input
+            raise PlanError(f"These layers do not make a model: {error}") from error
+
+
+def _inputs_like(sample: Any, otherwise: str) -> Any:
+    """Symbolic inputs for batches like ``sample``, of any length."""
+    if sample is None:
+        raise PlanError(f"{otherwise}; or give sample=..., a batch of the model's input.")
+
+    def symbolic(array: Any) -> Any:
+        return keras.Input(tuple(array.shape[1:]), dtype=keras.backend.standardize_dtype(array.dtype))
+
+    return tree.map_structure(symbolic, sample)
+
+
+def _program(model: Any, graph: Any, opened: tuple[type[Any], ...]) -> Program:
+    walk = _Walk(graph, opened)
+    return Program(model, tuple(walk.units))
+
+
+class _Walk:
+    """Goes through a graph, and into the models in it that are of a type in ``opened``."""
+
+    def __init__(self, graph: Any, opened: tuple[type[Any], ...]) -> None:
+        self.units: list[Unit] = []
+        self._root, self._opened, self._names = graph, opened, set[str]()
+        places = {id(tensor): (INPUT, i) for i, tensor in enumerate(graph._inputs)}
+        self._through(graph, places)
+        outputs = [places[id(tensor)] for tensor in graph._outputs]
+        last = len(self.units) - 1
+        call = self.units[last].call if self.units else None
+        if isinstance(call, _Call) and call.outputs == 1 and outputs == [(last, 0)]:
+            self.units[last] = replace(self.units[last], call=_Ending(call))
+        else:
+            reads = tuple(dict.fromkeys(unit for unit, _ in outputs))
+            self.units.append(Unit(self._name("output"), reads, _Gather(self._root, reads, outputs)))
+
+    def _through(self, graph: Any, places: dict[int, Place]) -> None:
+        for depth in sorted(graph._nodes_by_depth, reverse=True):
+            for node in graph._nodes_by_depth[depth]:
+                if node.is_input:
+                    continue
+                inner = self._opens(node)
+                if inner is None:
+                    self._add(node, places)
+                else:
+                    given = zip(inner._inputs, node.input_tensors, strict=True)
+                    within = {id(theirs): places[id(ours)] for theirs, ours in given}
+                    self._through(inner, within)
+                    for ours, theirs in zip(node.outputs, inner._outputs, strict=True):
+                        places[id(ours)] = within[id(theirs)]
+
+    def _opens(self, node: Any) -> Any:
+        """The graph inside, where it can take the place of the node."""
+        if not isinstance(node.operation, self._opened):
+            return None
+        inner = _graph_of(node.operation)
+        others = [value for name, value in node.arguments.kwargs.items() if name != "training"]
+        if inner is None or len(node.arguments.args) != 1 or any(value is not None for value in others):
+            return None
+        given = node.input_tensors
+        alike = len(given) == len(inner._inputs) and all(
+            ours.dtype == theirs.dtype and len(ours.shape) == len(theirs.shape)
+            for ours, theirs in zip(given, inner._inputs, strict=True)
+        )
+        return inner if alike and not isinstance(node.arguments.args[0], Mapping) else None
+
+    def _add(self, node: Any, places: dict[int, Place]) -> None:
+        sources = {id(tensor): places[id(tensor)] for tensor in node.input_tensors}
+        reads = tuple(dict.fromkeys(unit for unit, _ in sources.values()))
+        operation = node.operation
+        loose = [v for v in tree.flatten((node.arguments.args, node.arguments.kwargs)) if isinstance(v, keras.Variable)]
+        holds = ([operation] if isinstance(operation, keras.layers.Layer) else []) + loose
+        self.units.append(
+            Unit(self._name(operation.name), reads, _Call(self._root, node, reads, sources), tuple(holds))
+        )
+        for i, tensor in enumerate(node.outputs):
+            places[id(tensor)] = (len(self.units) - 1, i)
+
+    def _name(self, name: str) -> str:
+        while name in self._names:
+            name += "#"
+        self._names.add(name)
+        return name
+
+
+class _Picks:
+    """Finds tensors among the values of units that are read."""
+
+    def __init__(self, root: Any, reads: tuple[int, ...]) -> None:
+        self.root, self._reads = root, reads
+
+    def _picker(self, values: Sequence[Any]) -> Any:
+        given = dict(zip(self._reads, values, strict=True))
+        if INPUT in given:
+            x = given[INPUT]
+            inputs = self.root._standardize_inputs(x) if isinstance(self.root, _FUNCTIONAL) else tree.flatten(x)
+            given[INPUT] = [(tensor, None) for tensor in inputs]
+        return lambda place: plain(given[place[0]][place[1]])
+
+
+class _Call(_Picks):
+    """A node of the graph."""
+
+    def __init__(self, root: Any, node: Any, reads: tuple[int, ...], sources: Mapping[int, Place]) -> None:
+        super().__init__(root, reads)
+        self._node, self._sources = node, sources
+        self.outputs = len(node.outputs)
+
+    def __call__(self, training: bool, *values: Any) -> list[tuple[Any, Any]]:
+        return marked(self.tensors(training, values))
+
+    def tensors(self, training: bool, values: Sequence[Any]) -> list[Any]:
+        pick = self._picker(values)
+        args, kwargs = self._node.arguments.fill_in({key: pick(place) for key, place in self._sources.items()})
+        operation = self._node.operation
+        if "training" in getattr(operation, "_call_context_args", ()):
+            kwargs["training"] = training
+        return list(tree.flatten(operation(*args, **kwargs)))
+
+
+class _Ending:
+    """The last node, where it alone gives the model's output."""
+
+    def __init__(self, call: _Call) -> None:
+        self._call = call
+
+    def __call__(self, training: bool, *values: Any) -> Any:
+        return _packed(self._call.root, self._call.tensors(training, values))
+
+
+class _Gather(_Picks):
+    """The model's outputs, from where they lie."""
+
+    def __init__(self, root: Any, reads: tuple[int, ...], places: Sequence[Place]) -> None:
+        super().__init__(root, reads)
+        self._places = places
+
+    def __call__(self, training: bool, *values: Any) -> Any:
+        pick = self._picker(values)
+        return _packed(self.root, [pick(place) for place in self._places])
+
+
+def _packed(graph: Any, tensors: Sequence[Any]) -> Any:
+    return tree.pack_sequence_as(graph._outputs_struct, list(tensors))

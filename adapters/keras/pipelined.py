@@ -1,0 +1,262 @@
+"""A Keras model whose layers lie on the ranks of a pipeline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+from hvdscale.errors import HvdscaleError, PlanError
+from hvdscale.keras.backend import NAME, verbs
+from hvdscale.keras.capture import capture, from_layers
+from hvdscale.keras.held import Held
+from hvdscale.keras.lazy import give_up, give_value
+from hvdscale.keras.program import Program
+from hvdscale.keras.replicas import broadcast_variables, path_of
+from hvdscale.keras.sharded import ShardedModel, renumbered, unique_names
+from hvdscale.model.batch import cut
+from hvdscale.model.layout import Layout, Placement
+from hvdscale.model.mesh import Mesh
+from hvdscale.model.pipeline import INPUT, Pipeline
+from hvdscale.model.simulate import Simulation
+from hvdscale.model.staging import Staging, refuse_together
+from hvdscale.model.steps import Steps, share_ties
+from hvdscale.model.survey import Cost, Reading, graph_of
+from hvdscale.runtime.agreement import Fingerprint, agree
+from hvdscale.runtime.transport import broadcast
+
+__all__ = ["Pipelined", "shard_stages"]
+
+Loss = Callable[[Any, Any], Any]
+
+_MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
+_REPEATS = 3
+
+
+class Pipelined(ShardedModel):
+    """Made by ``shard_model(by="layers")`` and ``shard_model(by="graph")``.
+
+    ``model`` holds this rank's layers. ``model.compile(optimizer)``, ``fit`` and ``evaluate`` work, where every rank
+    gives the same batches.
+
+    Attributes:
+        pipeline: the stages and their schedule.
+    """
+
+    def __init__(
+        self, mesh: Mesh, program: Program, pipeline: Pipeline, loss: Loss, staging: Staging, seed: int, note: str
+    ) -> None:
+        here = verbs.world().rank
+        place = mesh.coordinates(here)
+        mine = [node for stage in pipeline.stages_of(place.pp) for node in pipeline.part.parts[stage]]
+        weights = list(program.model.weights)
+        layout = _layout(mesh, program, pipeline, weights)
+        local = {name: v for name, v in zip(layout.names, weights, strict=True) if layout.holds(name, here)}
+        self._whole = sum(int(np.prod(v.shape)) for v in weights if v.trainable)
+        held = _held(program, mine, list(local.values()), weights, self)
+        super().__init__(mesh, layout, held, local)
+        self.pipeline, self._note = pipeline, note
+        post, transport = verbs.connect(mesh, verbs.open_post, verbs.control)
+        keys = dict(zip(_keys(weights), weights, strict=True))
+        tied = [keys[key] if any(keys[key] is v for v in local.values()) else None for key in pipeline.ties]
+        arrays = [None if v is None else np.array(ops.convert_to_numpy(v)) for v in tied]
+        flat = [None if a is None else a.reshape(-1).view(np.uint8) for a in arrays]
+        for number in share_ties(post, pipeline, flat):
+            tied[number].assign(arrays[number])
+        values = [v.value for v in self.trainable_variables]
+        shared = [None if v is None else v.value for v in tied]
+        self._stages = verbs.Stages(program, pipeline, loss, staging.count, values, shared)
+        self._steps = Steps(pipeline, post, transport, self._stages, verbs.NESTS, staging.count, (seed, place.dp))
+        broadcast_variables(list(local.values()), mesh.rank(0, place.pp, place.tp), self.data_ranks)
+
+    def train_step(self, x: Any = None, y: Any = None, *, loss_scale: float = 1.0) -> tuple[Any, list[Any]]:
+        """One forward and backward pass of a batch, divided into micro-batches. Collective over the pipeline.
+
+        Args:
+            x: the input of the model; ranks without the first stage may leave it out.
+            y: the target; ranks without the last stage may leave it out.
+            loss_scale: what the loss is multiplied by before the backward pass.
+
+        Returns:
+            The loss, on every rank, and the gradients of ``trainable_variables``; nothing is updated.
+
+        Raises:
+            PlanError: a batch that cannot be divided, something missing, or a loss that is not a mean.
+            DesyncError: ranks bring different batches.
+        """
+        loss = self._steps.train(_tensors(x), _tensors(y), loss_scale)
+        return ops.convert_to_tensor(loss, "float32"), self._stages.take_gradients()
+
+    def eval_step(self, x: Any = None, y: Any = None) -> Any:
+        """The loss on one batch, nothing being learned, on every rank. Collective over the pipeline."""
+        return ops.convert_to_tensor(self._steps.evaluate(_tensors(x), _tensors(y)), "float32")
+
+    def measured(self) -> Simulation:
+        """The last training step as it ran: beside ``pipeline.simulation``, what was predicted. Collective.
+
+        Raises:
+            PlanError: before the first training step.
+        """
+        return self._steps.measured()
+
+    @property
+    def steps(self) -> int:
+        """Training steps taken; dropout depends on it."""
+        return self._steps.taken
+
+    def count(self) -> tuple[int, int]:
+        return self._whole, sum(int(np.prod(v.shape)) for v in self.trainable_variables)
+
+    def describe(self) -> str:
+        whole, held = self.count()
+        lines = [self.pipeline.describe()]
+        lines.append(f"{held:,} of {whole:,} parameters on rank {self._rank}: {held / max(whole, 1):.3f}")
+        return "\n".join([*lines, *([self._note] if self._note else [])])
+
+
+def shard_stages(model: Any, mesh: Mesh, by: str, loss: Loss | None, staging: Staging) -> Pipelined:
+    """Cut ``model`` into the stages of a pipeline. Collective. See ``shard_model``.
+
+    Raises:
+        PlanError: a model, a mesh or a way to cut it that cannot be; on every rank.
+        DesyncError: ranks hold different models or ask for different things.
+    """
+    mesh.check(verbs.world().size)
+    program, error, note = None, "", ""
+    if staging.schedule == "zb":  # Keras computes the gradients of a layer's inputs and weights together
+        note = f'"zb" runs as "1f1b": Keras on {NAME} has no backward pass in two halves'
+        staging = replace(staging, schedule="1f1b")
+    try:
+        staging.check(mesh, loss, _MEANS)
+        program = from_layers(model, staging.sample) if by == "layers" else capture(model, staging.sample)
+        _check(program)
+    except HvdscaleError as refusal:
+        error = str(refusal)
+    refuse_together(error, verbs.control())
+    assert program is not None
+    assert loss is not None
+    weights = list(program.model.weights)
+    ties = _ties(program, weights)
+    tensors = [(path_of(v), tuple(v.shape), str(v.dtype)) for v in weights]
+    facts = staging.facts(mesh, by, [path_of(unit) for unit in program.units], list(ties.values()))
+    sample = _tensors(staging.sample)
+    facts["sample"] = verbs.NESTS.text(sample)
+    agree(Fingerprint.of(tensors, facts), verbs.control(), "the model to be sharded")
+    if sample is not None:
+        sample = verbs.NESTS.select(sample, cut(max(verbs.NESTS.rows(sample), 1), staging.microbatches)[0])
+    readings = [
+        Reading(unit.name, unit.reads, {id(v): _bytes(v) for v in unit.variables if v.trainable})
+        for unit in program.units
+    ]
+    graph = graph_of(readings, ties, None if sample is None else lambda: _measure(program, sample), verbs.control())
+    pipeline = staging.plan(graph, mesh.pp, readings)
+    seed = keras.src.utils.rng_utils.get_random_seed() if staging.seed is None else staging.seed
+    seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
+    seed = int(broadcast(verbs.control(), str(seed).encode()))
+    return Pipelined(mesh, program, pipeline, loss, staging, seed, note)
+
+
+def _check(program: Program) -> None:
+    for unit in program.units:
+        held = [v.path for v in unit.variables if getattr(v, "regularizer", None) is not None]
+        held += [layer.path for layer in unit.layers if getattr(layer, "activity_regularizer", None) is not None]
+        if held:
+            raise PlanError(
+                f"{held[0]} has a regularizer, a loss of its own, which a pipeline does not count. Use the optimizer's "
+                "weight_decay, or make it part of loss=..."
+            )
+
+
+def _keys(weights: Sequence[Any]) -> list[str]:
+    """Names that are the same on all ranks, whatever else they have built."""
+    return renumbered(unique_names(weights))
+
+
+def _ties(program: Program, weights: Sequence[Any]) -> dict[int, str]:
+    """Variables that several units train: ``id`` -> their key."""
+    keys = {id(v): key for v, key in zip(weights, _keys(weights), strict=True)}
+    users: dict[int, int] = {}
+    for unit in program.units:
+        for variable in unit.variables:
+            users[id(variable)] = users.get(id(variable), 0) + variable.trainable
+    return {number: keys[number] for number, count in users.items() if count > 1}
+
+
+def _layout(mesh: Mesh, program: Program, pipeline: Pipeline, weights: Sequence[Any]) -> Layout:
+    """Where each variable lies; what nothing uses stays on the first rank."""
+    ranks: dict[int, set[int]] = {}
+    for unit, stage in zip(program.units, pipeline.part.part_of, strict=True):
+        for variable in unit.variables:
+            ranks.setdefault(id(variable), set()).add(stage % pipeline.ranks)
+    placements = [
+        Placement(name, tuple(v.shape), str(v.dtype), tuple(sorted(ranks.get(id(v), {0}))))
+        for name, v in zip(unique_names(weights), weights, strict=True)
+    ]
+    return Layout(mesh, tuple(placements))
+
+
+def _held(program: Program, mine: Sequence[int], own: Sequence[Any], weights: Sequence[Any], sharded: Any) -> Held:
+    """This rank's layers, with values; the memory of others is given up."""
+    units = [program.units[node] for node in mine]
+    for variable in own:
+        give_value(variable)
+    for unit in units:
+        for generator in unit.generators:
+            give_value(generator.state)
+    kept = {id(v) for v in own}
+    every = [program.model, *program.model._flatten_layers(include_self=False)]
+    give_up([v for v in weights if id(v) not in kept], every)
+    tops = list({id(it): it for unit in units for it in unit.holds}.values())
+    layers = [it for it in tops if isinstance(it, keras.layers.Layer)]
+    inside = {id(v) for layer in layers for v in layer.weights}
+    return Held(layers, [v for v in own if id(v) not in inside], sharded)
+
+
+def _measure(program: Program, sample: Any) -> list[Cost]:
+    """Run the model unit by unit: three times the forward pass in seconds, and the bytes of what comes out."""
+    values: dict[int, Any] = {INPUT: sample}
+    costs = []
+    for number, unit in enumerate(program.units):
+        missing = [v for v in unit.variables if v._value is None]
+        initializers = [v._initializer for v in missing]
+        for variable in missing:
+            give_value(variable)
+
+        def run(given: dict[str, Any], number: int = number) -> Any:
+            inside = {int(node): value for node, value in given.items()}
+            program.run([number], inside, None)
+            return inside[number]
+
+        graph = verbs.compiled(run)
+        given = {str(node): values[node] for node in unit.reads}
+        times = []
+        for _ in range(1 + _REPEATS):
+            start = time.perf_counter()
+            values[number] = graph(given)
+            times.append(time.perf_counter() - start)
+        for variable, initializer in zip(missing, initializers, strict=True):
+            variable._value, variable._initializer = None, initializer
+        size = sum(_bytes(t) for t in tree.flatten(values[number]) if t is not None)
+        costs.append(Cost(3 * min(times[1:]), size, size))
+    return costs
+
+
+def _bytes(tensor: Any) -> int:
+    size = np.dtype(keras.backend.standardize_dtype(tensor.dtype)).itemsize
+    return int(np.prod(tensor.shape)) * size
+
+
+def _tensors(value: Any) -> Any:
+    """Arrays as backend tensors; real numbers as Keras keeps them, as ``fit`` does."""
+
+    def tensor(array: Any) -> Any:
+        if isinstance(array, np.ndarray) and np.issubdtype(array.dtype, np.floating):
+            array = array.astype(keras.config.floatx())
+        return ops.convert_to_tensor(array)
+
+    return None if value is None else tree.map_structure(tensor, value)
