@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from lm.batches import Share
 from lm.flags import parse_flags, run
+from lm.mesh import add_pipeline_flags, mesh_of, pipeline_of
 from lm.plans import plan_of
 from lm.report import Report
 from lm.together import load_together
@@ -24,18 +25,8 @@ import hvdscale.torch as hvd
 from hvdscale.errors import PlanError
 
 
-def pipeline_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("pipeline")
-    group.add_argument("--pp", type=int, default=2, help="stages; ranks beyond them are further copies of the model")
-    group.add_argument("--microbatches", type=int, default=4, help="pieces of a batch")
-    group.add_argument("--schedule", default="1f1b", help="gpipe, 1f1b or zb")
-    group.add_argument("--recompute", action="store_true", help="keep only the inputs of stages")
-
-
-def mesh_of(flags: argparse.Namespace, ranks: int) -> hvd.Mesh:
-    if flags.pp < 1 or ranks % flags.pp:
-        raise PlanError(f"--pp must be at least 1 and divide the number of ranks; it is {flags.pp} of {ranks} ranks.")
-    return hvd.Mesh(dp=ranks // flags.pp, pp=flags.pp)
+def two_stages(parser: argparse.ArgumentParser) -> None:
+    add_pipeline_flags(parser, pp=2)
 
 
 def mean_over_tokens(logits: Tensor, targets: Tensor) -> Tensor:
@@ -56,7 +47,7 @@ def tensors(inputs: np.ndarray, targets: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    flags = parse_flags(__doc__, extend=pipeline_flags)
+    flags = parse_flags(__doc__, extend=two_stages)
     if plan_of(flags) != hvd.EveryStep():
         raise PlanError("This example averages gradients at every step. Leave --sync and --update out.")
     hvd.init(process_sets="dynamic")
@@ -73,10 +64,8 @@ def main() -> None:
         by="graph",
         whole=(Block,),
         loss=mean_over_tokens,
-        microbatches=flags.microbatches,
-        schedule=flags.schedule,
-        recompute=flags.recompute,
         sample=tensors(*share.batches[0])[0],
+        **pipeline_of(flags),
     )
     optimizer = torch.optim.AdamW(model.parameters(), flags.lr, weight_decay=0.01)
     optimizer = hvd.DistributedOptimizer(optimizer, model=model)

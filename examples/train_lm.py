@@ -5,6 +5,7 @@
     KERAS_BACKEND=torch mpirun -np 2 python examples/train_lm.py --logdir runs/lm --plot loss.png
     KERAS_BACKEND=torch mpirun -np 2 python examples/train_lm.py --sync local-sgd --every 32 --wire int8
     KERAS_BACKEND=tensorflow mpirun -np 2 python examples/train_lm.py --tp 2
+    KERAS_BACKEND=tensorflow mpirun -np 4 python examples/train_lm.py --dp 2 --pp 2 --microbatches 8
 
 The model is a decoder-only transformer in Keras 3. Without ``--data`` it reads the source of Python's own library.
 Lines that end in ``# hvd`` are all that distributed training needs.
@@ -13,12 +14,14 @@ Lines that end in ``# hvd`` are all that distributed training needs.
 import hvdscale.keras as hvd  # hvd
 
 # isort: split
+import argparse
+
 import keras
 import numpy as np
 from keras import layers, ops
 from lm.batches import Batches, Share
 from lm.flags import parse_flags, run
-from lm.mesh import add_mesh_flags, mesh_of
+from lm.mesh import add_mesh_flags, add_pipeline_flags, mesh_of, pipeline_of
 from lm.plans import plan_of
 from lm.report import Report
 from lm.together import load_together
@@ -102,16 +105,29 @@ def evaluate(model: keras.Model, share: Share, batch_size: int, report: Report) 
     report.evaluated(loss, targets.size)
 
 
+def sharding_flags(parser: argparse.ArgumentParser) -> None:
+    add_mesh_flags(parser)
+    add_pipeline_flags(parser)
+
+
+def shard(model: keras.Model, mesh: hvd.Mesh, loss: keras.losses.Loss, flags: argparse.Namespace) -> hvd.ShardedModel:
+    if mesh.pp > 1:
+        return hvd.shard_model(model, mesh, loss=loss, **pipeline_of(flags))
+    return hvd.shard_model(model, mesh, by="features")
+
+
 def main() -> None:
-    flags = parse_flags(__doc__, extend=add_mesh_flags)
-    hvd.init(process_sets="dynamic" if flags.tp > 1 else None)  # hvd
+    flags = parse_flags(__doc__, extend=sharding_flags)
+    hvd.init(process_sets="dynamic" if flags.tp > 1 or flags.pp > 1 else None)  # hvd
     rank, ranks = hvd.rank(), hvd.size()  # hvd
     mesh = mesh_of(flags, ranks)
     share = load_together(flags, mesh.coordinates(rank).dp, mesh.dp, mean_of_ranks)
 
     model = build_model(share.vocabulary, flags.context, flags.layers, flags.width, flags.heads, flags.seed)
     parameters = model.count_params()
-    held = hvd.shard_model(model, mesh, by="features") if mesh.tp > 1 else model  # hvd
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    held = shard(model, mesh, loss, flags) if mesh.dp < ranks else model  # hvd
+    model = held.model if mesh.pp > 1 else model  # hvd: this rank's layers
     rate = keras.optimizers.schedules.CosineDecay(
         flags.lr / flags.warmup if flags.warmup else flags.lr,
         decay_steps=flags.steps - flags.warmup,
@@ -121,9 +137,9 @@ def main() -> None:
     )
     optimizer = keras.optimizers.AdamW(rate, weight_decay=0.01, global_clipnorm=1.0)
     optimizer = hvd.DistributedOptimizer(optimizer, model=held, sync=plan_of(flags))  # hvd
-    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.compile(optimizer, loss)
 
-    tokens = flags.batch_size * flags.context // mesh.tp
+    tokens = flags.batch_size * flags.context // (mesh.pp * mesh.tp)
     report = Report(rank, ranks, flags.steps, tokens, mean_of_ranks, flags.logdir)
     report.agreement = optimizer.sync.metrics  # hvd
     report.say(f"{ranks} rank{'s' if ranks > 1 else ''} on Keras {keras.__version__} with {keras.backend.backend()}")

@@ -1,4 +1,4 @@
-"""What one rank of a pipeline holds, as a Keras model: it trains with ``fit``, where every rank gives the same batches."""
+"""What one rank of a pipeline holds, as a Keras model that trains with ``fit``, on the same batches on every rank."""
 
 from __future__ import annotations
 
@@ -35,18 +35,21 @@ class Held(keras.Model):  # type: ignore[misc]
         )
 
     def compile(self, *arguments: Any, **named: Any) -> None:
-        """As ``keras.Model.compile``, for the optimizer; the loss is the one given to ``shard_model``.
+        """As ``keras.Model.compile``, for the optimizer; the loss may be left out, or be that of ``shard_model``.
 
         Raises:
             PlanError: metrics, which would need the model's output, or another loss.
         """
-        refused = [n for n in ("loss", "metrics", "weighted_metrics", "loss_weights") if named.get(n) is not None]
-        if refused or len(arguments) > 1:
+        given = {**dict(zip(("optimizer", "loss", "loss_weights", "metrics"), arguments, strict=False)), **named}
+        if given.get("loss") in (None, self._hvdscale_sharded.loss):
+            given.pop("loss", None)
+        refused = [n for n in ("loss", "loss_weights", "metrics", "weighted_metrics") if given.get(n) is not None]
+        if refused:
             raise PlanError(
-                f"The last rank alone has the model's output: {' and '.join(refused) or 'the loss'} cannot be given to "
-                "compile here. The loss is the one given to shard_model(loss=...)."
+                f"The last rank alone has the model's output: {' and '.join(refused)} cannot be given to compile here. "
+                "The loss is the one given to shard_model(loss=...)."
             )
-        super().compile(*arguments, **{**named, "run_eagerly": True, "jit_compile": False})
+        super().compile(**{**given, "run_eagerly": True, "jit_compile": False})
         object.__setattr__(self, "_hvdscale_apply", None)
 
     def train_step(self, data: Any) -> dict[str, Any]:

@@ -92,19 +92,23 @@ def shard_model(
 
 
 def _of_outputs_first(loss: Any) -> Any:
-    """A loss as a function of (outputs, targets), with the reduction it had."""
+    """A loss as a function of (outputs, targets), with the reduction it had, and what was ``given``."""
     if isinstance(loss, str):
-        name = loss
         try:
-            each = keras.losses.get(name)
+            each = keras.losses.get(loss)
         except ValueError:
-            raise PlanError(f"loss={name!r} is not the name of a loss of Keras, such as 'mse'.") from None
-        return lambda outputs, targets: ops.mean(each(targets, outputs))
-    if not isinstance(loss, keras.losses.Loss):
+            raise PlanError(f"loss={loss!r} is not the name of a loss of Keras, such as 'mse'.") from None
+
+        def swapped(outputs: Any, targets: Any) -> Any:
+            return ops.mean(each(targets, outputs))
+
+    elif isinstance(loss, keras.losses.Loss):
+
+        def swapped(outputs: Any, targets: Any) -> Any:
+            return loss(targets, outputs)
+
+        swapped.reduction = loss.reduction  # type: ignore[attr-defined]
+    else:
         return loss
-
-    def swapped(outputs: Any, targets: Any) -> Any:
-        return loss(targets, outputs)
-
-    swapped.reduction = loss.reduction  # type: ignore[attr-defined]
+    swapped.given = loss  # type: ignore[attr-defined]
     return swapped

@@ -46,6 +46,7 @@ class Pipelined(ShardedModel):
 
     Attributes:
         pipeline: the stages and their schedule.
+        loss: the one given.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Pipelined(ShardedModel):
         self._whole = sum(int(np.prod(v.shape)) for v in weights if v.trainable)
         held = _held(program, mine, list(local.values()), weights, self)
         super().__init__(mesh, layout, held, local)
-        self.pipeline, self._note = pipeline, note
+        self.pipeline, self.loss, self._note = pipeline, getattr(loss, "given", loss), note
         post, transport = verbs.connect(mesh, verbs.open_post, verbs.control)
         keys = dict(zip(_keys(weights), weights, strict=True))
         tied = [keys[key] if any(keys[key] is v for v in local.values()) else None for key in pipeline.ties]

@@ -56,6 +56,7 @@ from horovod.tensorflow.util import refs_to_vars, vars_to_refs
 
 from hvdscale.data import BalancedPlan, ShardPlan, ShardStream, pack, split
 from hvdscale.errors import BuildError, DesyncError, HvdscaleError, PlanError, StateError, TransportError, WorldError
+from hvdscale.model import Mesh
 from hvdscale.sync import (
     DiLoCo,
     EveryStep,
@@ -69,7 +70,7 @@ from hvdscale.sync import (
     post_local,
     qsr,
 )
-from hvdscale.tensorflow import compression, elastic, functions, gradient_aggregation, mpi_ops, sync_batch_norm
+from hvdscale.tensorflow import compression, elastic, functions, gradient_aggregation, model, mpi_ops, sync_batch_norm
 from hvdscale.tensorflow.broadcast import (
     BroadcastGlobalVariablesHook,
     broadcast_,
@@ -89,6 +90,7 @@ from hvdscale.tensorflow.collectives import (
 )
 from hvdscale.tensorflow.data import shard_dataset
 from hvdscale.tensorflow.metrics import write_metrics
+from hvdscale.tensorflow.model import parallel_cross_entropy, shard_model
 from hvdscale.tensorflow.objects import allgather_object, broadcast_object
 from hvdscale.tensorflow.optimizer import DistributedOptimizer, LocalGradientAggregationHelper
 from hvdscale.tensorflow.runtime import init, runtime_settings, shutdown, world
@@ -99,6 +101,7 @@ from hvdscale.tensorflow.wire import Compression
 from hvdscale.update import Nesterov, SlowMomentum
 
 if TYPE_CHECKING:
+    from hvdscale.tensorflow.model import ShardedModel
     from hvdscale.tensorflow.sync_batch_norm import SyncBatchNormalization
 
 __all__ = [
@@ -118,6 +121,7 @@ __all__ = [
     "LocalGradientAggregationHelper",
     "LocalSGD",
     "Max",
+    "Mesh",
     "Min",
     "Nesterov",
     "ParameterServer",
@@ -128,6 +132,7 @@ __all__ = [
     "Reduction",
     "ShardPlan",
     "ShardStream",
+    "ShardedModel",
     "SlowMo",
     "SlowMomentum",
     "StateError",
@@ -180,6 +185,7 @@ __all__ = [
     "mpi_threads_supported",
     "nccl_built",
     "pack",
+    "parallel_cross_entropy",
     "post_local",
     "process_set_included_op",
     "qsr",
@@ -192,6 +198,7 @@ __all__ = [
     "rocm_built",
     "runtime_settings",
     "shard_dataset",
+    "shard_model",
     "shutdown",
     "size",
     "size_op",
@@ -207,7 +214,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The Keras layer is looked for when it is asked for: the Keras adapter imports this one."""
+    """What the Keras adapter has is looked for when it is asked for: it imports this one."""
     if name == "SyncBatchNormalization":
         return sync_batch_norm.SyncBatchNormalization
+    if name == "ShardedModel":
+        return model.ShardedModel
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

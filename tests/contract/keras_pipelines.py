@@ -135,20 +135,20 @@ def rows_of(value: Any, rows: slice) -> Any:
 
 
 def alone(
-    model: Model, whole: keras.Model, x: Any, y: Any, microbatches: int, units: Any, step: int = 0, dp: int = 0
+    model: Model, whole: keras.Model, x: Any, y: Any, microbatches: int, program: Any, step: int = 0, dp: int = 0
 ) -> tuple[float, list[Any]]:
     """Loss of a step of one process, and the gradients as arrays.
 
-    ``units``: of the sharded model: what random numbers are named after.
+    ``program``: of the sharded model, whose units random numbers are named after.
     """
     samples = len(keras.tree.flatten(y)[0])
     total, sums = 0.0, [np.zeros(v.shape, "float32") for v in whole.trainable_variables]
     for m, piece in enumerate(cut(samples, microbatches)):
-        _seed(whole, units, (SEED, dp, step, m))
+        _seed(whole, program, (SEED, dp, step, m))
         share = (piece.stop - piece.start) / samples
         inputs, targets = (keras.tree.map_structure(ops.convert_to_tensor, rows_of(v, piece)) for v in (x, y))
         loss, gradients = verbs.value_and_gradients(
-            lambda i=inputs, t=targets: model.of(whole(i, training=True), t), whole.trainable_variables
+            lambda i=inputs, t=targets: model.of(whole(i, training=True), t), list(whole.trainable_variables)
         )
         total += float(loss) * share
         sums = [s + array(g) * share for s, g in zip(sums, gradients, strict=True)]
@@ -156,18 +156,15 @@ def alone(
 
 
 def array(value: Any) -> np.ndarray:
-    return np.asarray(ops.convert_to_numpy(verbs.as_dense(value)))
+    known = isinstance(value, (keras.Variable, np.ndarray))
+    return np.asarray(ops.convert_to_numpy(value if known else verbs.as_dense(value)))
 
 
-def _seed(whole: keras.Model, units: Any, place: tuple[int, ...]) -> None:
+def _seed(whole: keras.Model, program: Any, place: tuple[int, ...]) -> None:
     """Give each generator of the whole model the state that it has in a pipeline."""
-    own = {path_of(layer): layer for layer in whole._flatten_layers()}
-    for node, unit in enumerate(units):
+    pairs = zip(program.model._flatten_layers(), whole._flatten_layers(), strict=True)
+    own = {id(theirs): ours for theirs, ours in pairs}
+    for node, unit in enumerate(program.units):
         drawing = [layer for layer in unit.layers if layer._seed_generators]
         for i, layer in enumerate(drawing):
-            state = own[path_of(layer)].seed_generator.state
-            state.assign([seed_of(*place, node, i + 1, bits=31), 0])
-
-
-def path_of(layer: Any) -> str:
-    return str(layer.name)
+            own[id(layer)].seed_generator.state.assign([seed_of(*place, node, i + 1, bits=31), 0])
