@@ -13,7 +13,7 @@ from hvdscale.keras.backend import verbs
 __all__ = ["Held"]
 
 
-class Held(keras.Model):  # type: ignore[misc]
+class Held(keras.Model):
     """The layers of this rank's stages.
 
     Args:

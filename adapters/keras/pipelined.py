@@ -64,7 +64,7 @@ class Pipelined(ShardedModel):
         self.pipeline, self.loss, self._note = pipeline, getattr(loss, "given", loss), note
         post, transport = verbs.connect(mesh, verbs.open_post, verbs.control)
         keys = dict(zip(_keys(weights), weights, strict=True))
-        tied = [keys[key] if any(keys[key] is v for v in local.values()) else None for key in pipeline.ties]
+        tied: list[Any] = [keys[key] if any(keys[key] is v for v in local.values()) else None for key in pipeline.ties]
         arrays = [None if v is None else np.array(ops.convert_to_numpy(v)) for v in tied]
         flat = [None if a is None else a.reshape(-1).view(np.uint8) for a in arrays]
         for number in share_ties(post, pipeline, flat):

@@ -22,7 +22,7 @@ from hvdscale.tensorflow.bundles import NESTS
 
 __all__ = ["TensorFlowStages"]
 
-Given = tf.Tensor | np.ndarray  # what arrives lies in the memory it was received into
+Given = Any  # a tensor, or an array: what arrives lies in the memory it was received into
 
 
 @dataclass

@@ -43,7 +43,7 @@ class Nests(Generic[T]):
             PlanError: a value of a type that cannot be sent.
         """
         if isinstance(value, self.tensor):
-            tensors.append(value)  # type: ignore[arg-type]
+            tensors.append(value)
             return {"t": len(tensors) - 1}
         if value is None or isinstance(value, (bool, int, float, str)):
             return {"v": value}
@@ -76,7 +76,7 @@ class Nests(Generic[T]):
     def map(self, function: Callable[[T], Any], value: Any) -> Any:
         """``value`` with ``function`` of each of its tensors in their place."""
         if isinstance(value, self.tensor):
-            return function(value)  # type: ignore[arg-type]
+            return function(value)
         if type(value) in (list, tuple):
             return type(value)(self.map(function, item) for item in value)
         if isinstance(value, dict):
@@ -96,7 +96,7 @@ class Nests(Generic[T]):
     def text(self, value: Any) -> str:
         """Shapes and dtypes of a batch, readable."""
         if isinstance(value, self.tensor):
-            return f"{self.dtype(value)}{_shape(value)}"  # type: ignore[arg-type]
+            return f"{self.dtype(value)}{_shape(value)}"
         if isinstance(value, (list, tuple)):
             return f"({', '.join(map(self.text, value))})"
         if isinstance(value, dict):

@@ -15,4 +15,4 @@ def seed_of(*place: int, bits: int = 63) -> int:
     """A number of so many bits for ``place``: (seed, what, numbers ...)."""
     text = ",".join(map(str, place)).encode()
     digest = hashlib.blake2b(text, digest_size=8).digest()
-    return int.from_bytes(digest, "little") & (2**bits - 1)
+    return int.from_bytes(digest, "little") & ((1 << bits) - 1)

@@ -71,6 +71,17 @@ def test_a_pipeline_of_two_ranks_follows_one_rank(tmp_path: Path) -> None:
     np.testing.assert_allclose(one, other, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_stages_of_keras_layers_follow_one_rank(backend: str, tmp_path: Path) -> None:
+    """By fit: training and evaluation, of micro-batches of unequal size."""
+    record = tmp_path / "losses.json"
+    flags = ("--pp", "2", "--microbatches", "3", "--shard", "random", "--batch-size", "8", "--record", str(record))
+    train("train_lm", *flags, backend=backend).check()
+    recorded = json.loads(record.read_text())
+    for found, alone in zip((recorded["train"], [*recorded["held_out"].values()]), losses(backend, 1), strict=True):
+        np.testing.assert_allclose(found, alone, rtol=0, atol=1e-3)
+
+
 def test_the_same_seed_gives_the_same_losses() -> None:
     for one, again in zip(losses("torch", 1), losses("torch", 1, run=1), strict=True):
         assert np.array_equal(one, again)
