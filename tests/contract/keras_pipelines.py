@@ -58,9 +58,9 @@ def skipping() -> keras.Model:
     tokens, extra = keras.Input((5,), dtype="int32", name="tokens"), keras.Input((6,), name="extra")
     x = first = layers.Embedding(12, 8, mask_zero=True)(tokens)
     twice = layers.Dense(8, activation="tanh", name="twice")
-    x = twice(x) * first
+    x = layers.Multiply()([twice(x), first])
     inside = keras.Input((5, 8))
-    x = keras.Model(inside, layers.Dense(8)(layers.LayerNormalization()(inside)) + inside)(x)
+    x = keras.Model(inside, layers.Add()([layers.Dense(8)(layers.LayerNormalization()(inside)), inside]))(x)
     x = layers.GlobalAveragePooling1D()(x)
     x = ops.tanh(x) + layers.Dense(8)(extra)
     x = twice(layers.Dense(8)(x)) + ops.mean(first, 1)
