@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 from hvdscale.errors import PlanError
@@ -18,8 +19,11 @@ from hvdscale.keras.placed import PlacedUpdate
 from hvdscale.keras.placed_state import PlacedState, common_state
 from hvdscale.keras.plan import Distribution
 from hvdscale.keras.replicas import agree_on, broadcast_variables, model_state, path_of
+from hvdscale.keras.store import outer_names
 from hvdscale.sync import Kind, LocalPlan, ParameterServer, Reduction, common_kinds
+from hvdscale.sync.engine import first_figures
 from hvdscale.sync.handle import SteadySync, Sync
+from hvdscale.sync.pending import PendingSync
 
 __all__ = ["Reducer"]
 
@@ -41,6 +45,7 @@ class Reducer:
         self.placed: PlacedUpdate | None = None  # once the optimizer is built, where ranks update different elements
         self.state: PlacedState | None = None
         self._training: LocalTraining | None = None
+        self._pending: PendingSync[Any] | None = None  # what the user has of it
         self.moments_begun: Any = None  # while moments are corrected
         self._resumed = False  # weights and optimizer state were loaded by each rank: nothing is copied
         self._shared = False
@@ -64,30 +69,58 @@ class Reducer:
         return isinstance(self.plan.agreement, LocalPlan) and bool(self.plan.process_set.included())
 
     def sync_of(self, optimizer: Any) -> Sync[Any]:
-        """What ``optimizer.sync`` is.
-
-        Raises:
-            PlanError: the model has no variables yet.
-        """
+        """What ``optimizer.sync`` is. No communication."""
         if self.relaxed:
-            model, variables = self._given_model, optimizer._trainable_variables
-            if not variables and model is not None and has_weights(model):
-                variables = model.trainable_variables
-                optimizer.build(variables)
-            if not variables and self._training is None:
-                raise PlanError(
-                    "There is nothing to agree on yet: the model has no variables. Build it, or make a step, first."
+            if self._pending is None:
+                plan = self.plan.agreement
+                assert isinstance(plan, LocalPlan)
+                self._pending = PendingSync(
+                    not self._set_aside,
+                    lambda: self._weights_of(self._variables_of(optimizer)),
+                    first_figures(plan),
+                    lambda joins: self._begin(optimizer, joins),
                 )
-            self._resumed = self._resumed or not self._compared
-            if isinstance(self.plan.agreement, ParameterServer) and not self._compared:
-                self.prepare(optimizer, [None] * len(variables), variables, serves=self._set_aside)
-            return self.local_training(optimizer, variables).sync
+                if self._training is not None:
+                    self._pending.start(self._training.sync)
+            return self._pending
         variables = optimizer._trainable_variables if self.placed is None else self.placed.variables
         state = self.state
         if state is None:
             return SteadySync(lambda: {path_of(v): verbs.tensor(v) for v in variables})
         figures = lambda: {"state_bytes": float(state.bytes())}  # noqa: E731
         return SteadySync(lambda: {path_of(v): verbs.tensor(v) for v in variables}, state.flush, figures)
+
+    def _variables_of(self, optimizer: Any) -> Sequence[Any]:
+        model, variables = self._given_model, optimizer._trainable_variables
+        if not variables and model is not None and has_weights(model):
+            variables = model.trainable_variables
+        if not variables:
+            raise PlanError(
+                "There is nothing to agree on yet: the model has no variables. Build it, or make a step, first."
+            )
+        return list(variables)
+
+    @staticmethod
+    def _weights_of(variables: Sequence[Any]) -> dict[str, Any]:
+        """In float32 and by name, as the agreement gives them."""
+        return {
+            name: verbs.tensor(np.array(ops.convert_to_numpy(v), np.float32))
+            for name, v in zip(outer_names(variables), variables, strict=True)
+        }
+
+    def _begin(self, optimizer: Any, joins: bool) -> None:
+        """The agreement begins without a step of this rank; ``joins``: with the first step of others, maybe.
+
+        Raises:
+            PlanError: the model has no variables yet.
+        """
+        variables = self._variables_of(optimizer)
+        if not optimizer.built:
+            optimizer.build(variables)
+        self._resumed = self._resumed or not (joins or self._compared)
+        if not self._compared and (joins or isinstance(self.plan.agreement, ParameterServer)):
+            self.prepare(optimizer, [None] * len(variables), variables, serves=self._set_aside)
+        self.local_training(optimizer, variables)
 
     def trained(self, optimizer: Any, base: Any, variables: Sequence[Any]) -> Sequence[Any]:
         """What the optimizer is built on: ``variables``, or this rank's slices of them."""
@@ -115,6 +148,8 @@ class Reducer:
                 self._training = LocalTraining(
                     self.plan.agreement, optimizer, variables, self._given_model, self.plan.process_set
                 )
+            if self._pending is not None:
+                self._pending.start(self._training.sync)
         return self._training
 
     @contextmanager
@@ -163,15 +198,16 @@ class Reducer:
         Raises:
             PlanError: this rank is set aside to serve, and not ``serves``.
         """
-        if self._training is not None and self._set_aside and not serves:
-            self._training.begin()  # says why not
+        if isinstance(self.plan.agreement, ParameterServer) and self._set_aside and not serves:
+            raise self.plan.agreement.set_aside(verbs.world().rank)
         if self._compared and (all(id(v) in self._kinds for v in variables) or not self.exchanges):
             return
         if not verbs.initialised(variables):
             return
         with verbs.eager():
+            stepping = True
             if self.exchanges:
-                self._agree(gradients, variables, bool(optimizer.built))
+                stepping = self._agree(gradients, variables, bool(optimizer.built))
                 if not self._resumed:
                     self.share_model()  # again: weights may have been loaded on one rank since
             if not variables:
@@ -182,8 +218,9 @@ class Reducer:
                 broadcast_variables(common_state(optimizer), self._root, self.plan.process_set)
             if self.plan.update is not None and self.exchanges and self.placed is None:
                 getattr(optimizer, "inner_optimizer", optimizer).build_anew(variables)
-            self._model = None
-            self._compared = True
+            if stepping:
+                self._model = None
+            self._compared = stepping
             if self.relaxed:
                 training = self.local_training(getattr(optimizer, "inner_optimizer", optimizer), variables)
                 if not serves:
@@ -194,7 +231,8 @@ class Reducer:
         ranks = self.plan.process_set.ranks
         return int(ranks[0]) if ranks else 0
 
-    def _agree(self, gradients: Sequence[Any], variables: Sequence[Any], built: bool) -> None:
+    def _agree(self, gradients: Sequence[Any], variables: Sequence[Any], built: bool) -> bool:
+        """Whether a step follows on some rank; if not, all have come to flush, and agree again when one does."""
         overwritten = [path_of(v) for v in variables if getattr(v, "overwrite_with_gradient", False)]
         if overwritten:
             raise PlanError(
@@ -212,8 +250,11 @@ class Reducer:
             flags = verbs.control(self.plan.process_set).allgather(bytes([self._resumed]))
             self._resumed = any(map(any, flags))
         kinds = common_kinds(own, verbs.control(self.plan.process_set))
+        if self.relaxed and not any(kinds):
+            return False
         self._kinds.update((id(v), kind) for v, kind in zip(variables, kinds, strict=True))
         self._compared = True
+        return True
 
     def _kind(self, gradient: Any) -> Kind:
         kind: Kind = verbs.kind_of(gradient)

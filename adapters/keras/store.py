@@ -17,7 +17,7 @@ from hvdscale.keras.first_state import FirstState
 from hvdscale.keras.replicas import path_of
 from hvdscale.sync.tensors import Role, Tensors, TensorSpec
 
-__all__ = ["KerasStore", "check_reset", "slots_of"]
+__all__ = ["KerasStore", "check_reset", "outer_names", "slots_of"]
 
 
 class VariableList:
@@ -121,7 +121,7 @@ class KerasStore:
     def _register(self, entries: Sequence[tuple[Any, Role]]) -> tuple[list[TensorSpec], list[int]]:
         start = len(self.variables)
         self.variables += [variable for variable, _ in entries]
-        names = _told_apart([path_of(v) for v, _ in entries])
+        names = outer_names([v for v, _ in entries])
         specs = [
             TensorSpec(name, tuple(v.shape), keras.backend.standardize_dtype(v.dtype), role)
             for name, (v, role) in zip(names, entries, strict=True)
@@ -142,11 +142,11 @@ class KerasStore:
         return owned
 
 
-def _told_apart(names: Sequence[str]) -> list[str]:
+def outer_names(variables: Sequence[Any]) -> list[str]:
     """Keras tells layers apart by counters that depend on what was built before; here the second of a name gets .1"""
     seen: Counter[str] = Counter()
     unique = []
-    for name in names:
+    for name in map(path_of, variables):
         unique.append(f"{name}.{seen[name]}" if seen[name] else name)
         seen[name] += 1
     return unique

@@ -49,6 +49,23 @@ class _Figures:
     lead_max: int = 0
     stale: dict[int, int] = field(default_factory=dict)
 
+    def named(self, steps: int, ranks_lost: int) -> dict[str, float]:
+        stale = dict(sorted(self.stale.items()))
+        count = sum(stale.values())
+        return {
+            "rounds": self.rounds,
+            "steps": steps,
+            "seconds": self.seconds,
+            "bytes_sent": self.bytes_sent,
+            "server_cpu_seconds": self.server_cpu_seconds,
+            "not_finite": self.not_finite,
+            "ranks_lost": ranks_lost,
+            "lead_max": self.lead_max,
+            "stale_mean": sum(k * n for k, n in stale.items()) / count if count else 0.0,
+            "stale_max": max(stale, default=0),
+            **{f"stale_{k}": n for k, n in stale.items()},
+        }
+
 
 class Asynchronous:
     """Carries ``plan`` out on this rank's ``store``, which holds the same weights on every rank at first.
@@ -122,10 +139,7 @@ class Asynchronous:
             PlanError: this rank is set aside.
         """
         if not self.trains:
-            raise PlanError(
-                f"rank {self._servers.rank} is set aside as a server and does not train. Where "
-                "optimizer.sync.trains is False call optimizer.sync.flush(), which serves until the others are done."
-            )
+            raise self.plan.set_aside(self._servers.rank)
         if not self._begun and not self.warming_up:
             self._begin()
 
@@ -177,22 +191,12 @@ class Asynchronous:
 
     def figures(self) -> dict[str, float]:
         """The figures by name; ``stale_k`` counts the pushes that met ``k`` of others."""
-        figures = self._counted()
-        stale = dict(sorted(figures.stale.items()))
-        count = sum(stale.values())
-        return {
-            "rounds": figures.rounds,
-            "steps": self.step,
-            "seconds": figures.seconds,
-            "bytes_sent": figures.bytes_sent,
-            "server_cpu_seconds": figures.server_cpu_seconds,
-            "not_finite": figures.not_finite,
-            "ranks_lost": len(self._service.missing),
-            "lead_max": figures.lead_max,
-            "stale_mean": sum(k * n for k, n in stale.items()) / count if count else 0.0,
-            "stale_max": max(stale, default=0),
-            **{f"stale_{k}": n for k, n in stale.items()},
-        }
+        return self._counted().named(self.step, len(self._service.missing))
+
+    @staticmethod
+    def first_figures() -> dict[str, float]:
+        """The figures before anything has happened."""
+        return _Figures().named(0, 0)
 
     def over(self, store: Store) -> Asynchronous:
         """Finish the period, and go on with ``store``, which has more tensors or fewer. Collective.

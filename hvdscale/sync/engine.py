@@ -16,7 +16,7 @@ from hvdscale.sync.rounds import Rounds
 from hvdscale.sync.tensors import Store
 from hvdscale.update.outer import Float32s
 
-__all__ = ["Engine", "begin"]
+__all__ = ["Engine", "begin", "first_figures"]
 
 
 class Engine(Protocol):
@@ -76,3 +76,8 @@ def begin(
     if isinstance(plan, Relaxed):
         return Rounds(plan, store, open_channel(plan.overlap > 0))
     raise PlanError(f"{type(plan).__name__} does not say how weights meet. Use LocalSGD, DiLoCo or ParameterServer.")
+
+
+def first_figures(plan: LocalPlan) -> dict[str, float]:
+    """``figures()`` of what carries ``plan`` out, before it has begun."""
+    return (Asynchronous if isinstance(plan, ParameterServer) else Rounds).first_figures()

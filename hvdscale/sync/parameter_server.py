@@ -97,6 +97,13 @@ class ParameterServer(LocalPlan):
             )
         return range(ranks - count, ranks) if self.dedicated else range(count)
 
+    def set_aside(self, rank: int) -> PlanError:
+        """What a rank is told that serves, and makes a step."""
+        return PlanError(
+            f"rank {rank} is set aside as a server and does not train. Where optimizer.sync.trains is False call "
+            "optimizer.sync.flush(), which serves until the others are done."
+        )
+
     def worker_ranks(self, ranks: int) -> range:
         """Positions of the ranks that train, among ``ranks``: what to share the data over.
 

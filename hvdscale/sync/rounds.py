@@ -97,7 +97,12 @@ class Rounds:
 
     def figures(self) -> dict[str, float]:
         """The metrics by name, with ``steps`` and ``bytes_sent``."""
-        return {**asdict(self.metrics), "steps": self.step, "bytes_sent": self.bytes_sent}
+        return {**self.first_figures(), **asdict(self.metrics), "steps": self.step, "bytes_sent": self.bytes_sent}
+
+    @staticmethod
+    def first_figures() -> dict[str, float]:
+        """The figures before anything has happened."""
+        return {**asdict(Metrics()), "steps": 0, "bytes_sent": 0}
 
     def tell(self, loss: float, samples: float = 1.0) -> None:
         """The mean loss of this rank's batch of ``samples`` samples, before ``after_step()``."""

@@ -80,6 +80,35 @@ def test_a_step_left_out_on_one_rank_shifts_no_round(driver: ContractDriver, ran
     assert_equal_everywhere(model.weights)
 
 
+def test_one_rank_may_ask_for_the_agreement_before_the_first_step_and_another_never_step(
+    driver: ContractDriver, rank: int, size: int
+) -> None:
+    """Were a question a collective call, rank 0 would wait in it for ever."""
+    model = network(START)
+    optimizer = driver.hvd.DistributedOptimizer(SGD(0.1), model=model, sync=LocalSGD(2))
+    if rank == 0:
+        sync = optimizer.sync
+        assert sync.trains
+        assert sync.metrics()["rounds"] == sync.metrics()["bytes_sent"] == 0
+        with sync.evaluating():
+            assert_close([driver.numpy(w) for w in sync.outer_weights().values()], START, 1e-6)
+        sync.tell(1.0, samples=3.0)
+        named = set(sync.metrics())
+        fit(model, optimizer, own_batches(3))
+        assert sync is optimizer.sync
+        assert set(sync.metrics()) == named
+    optimizer.sync.flush()
+    assert_equal_everywhere(model.weights)
+    assert optimizer.sync.metrics()["rounds"] >= 2
+    if size > 1:  # and now all, who flush without a step first
+        optimizer = driver.hvd.DistributedOptimizer(SGD(0.1), model=model, sync=LocalSGD(2))
+        optimizer.sync.flush()
+        optimizer.apply(gradients(model, own_batches(1)[0]), model.trainable_variables)
+        assert_differs_somewhere(model.weights)
+        optimizer.sync.flush()
+        assert_equal_everywhere(model.weights)
+
+
 @pytest.mark.parametrize("warmup", [0, 3])
 def test_a_pass_left_out_on_one_rank_counts_and_no_batch_waits_for_other_ranks(
     driver: ContractDriver, rank: int, size: int, warmup: int
