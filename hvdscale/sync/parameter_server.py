@@ -99,10 +99,11 @@ class ParameterServer(LocalPlan):
 
     def set_aside(self, rank: int) -> PlanError:
         """What a rank is told that serves, and makes a step."""
-        return PlanError(
+        error: PlanError = PlanError(
             f"rank {rank} is set aside as a server and does not train. Where optimizer.sync.trains is False call "
             "optimizer.sync.flush(), which serves until the others are done."
         )
+        return error
 
     def worker_ranks(self, ranks: int) -> range:
         """Positions of the ranks that train, among ``ranks``: what to share the data over.
