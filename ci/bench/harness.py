@@ -67,7 +67,8 @@ class Process:
 class Variant:
     """One way to do the work. ``ranks`` is how many results a launch must leave; units are seconds throughout.
 
-    ``fixed`` replaces the launch by known figures, such as a limit that follows from a formula.
+    ``fixed`` replaces the launch by known figures, such as a limit that follows from a formula. ``may_be_stopped`` is
+    false for processes that take each other for dead when they are stopped for a few seconds.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Variant:
     ranks: int = 1
     processes: tuple[Process, ...] = ()
     fixed: Mapping[str, float] | None = None
+    may_be_stopped: bool = True
 
     def __post_init__(self) -> None:
         if (self.fixed is None) == (not self.processes):

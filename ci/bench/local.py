@@ -15,7 +15,7 @@ __all__ = ["MPIRUN", "local_variants", "settings_to_try", "thread_env"]
 
 # No binding: bound ranks would share their one core with Horovod's own thread, for stock and for us alike.
 MPIRUN = (str(BIN / "mpirun"), "--bind-to", "none")
-_MPI_WAYS = ("horovod", "hvdscale", "local_sgd", "local", "sharded", "central")
+_MPI_WAYS = ("horovod", "hvdscale", "local", "sharded", "central")
 
 
 def settings_to_try(text: str) -> dict[str, str]:
@@ -55,7 +55,8 @@ def local_variants(
         else:
             env |= {"BENCH_RANKS": str(ranks), "BENCH_PORTS": ",".join(map(str, _free_ports(ranks)))}
             processes = tuple(Process(command, {**env, "BENCH_RANK": str(rank)}) for rank in range(ranks))
-        variants.append(Variant(name, role, ranks, processes))  # type: ignore[arg-type]
+        alive = way != "strategy"  # TensorFlow's ranks send each other heartbeats
+        variants.append(Variant(name, role, ranks, processes, may_be_stopped=alive))  # type: ignore[arg-type]
     return tuple(variants), f"Every rank of every variant computes on {threads} thread(s)."
 
 

@@ -10,9 +10,10 @@ from ci.bench.local import local_variants, settings_to_try
 from ci.bench.turns import take_turns
 
 RANKS = 2
-ROLES = {"independent": "limit", "strategy": "peer", "horovod": "peer", "hvdscale": "ours"}
+ROLES = {"independent": "limit", "in_step": "peer", "strategy": "peer", "horovod": "peer", "hvdscale": "ours"}
 NAMES = {
     "independent": "no communication",
+    "in_step": "no communication, in step",
     "strategy": "MultiWorkerMirroredStrategy",
     "horovod": "stock Horovod",
     "hvdscale": "hvdscale",

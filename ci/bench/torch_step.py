@@ -10,9 +10,10 @@ from ci.bench.local import local_variants, settings_to_try
 from ci.bench.turns import take_turns
 
 RANKS = 2
-ROLES = {"independent": "limit", "ddp": "peer", "horovod": "peer", "hvdscale": "ours"}
+ROLES = {"independent": "limit", "in_step": "peer", "ddp": "peer", "horovod": "peer", "hvdscale": "ours"}
 NAMES = {
     "independent": "no communication",
+    "in_step": "no communication, in step",
     "ddp": "torch DDP (gloo)",
     "horovod": "stock Horovod",
     "hvdscale": "hvdscale",

@@ -116,5 +116,5 @@ class _Player:
             lines.flush()
 
     def _signal(self, number: signal.Signals) -> None:
-        for process in self._launch.processes:
+        for process in self._launch.processes if self.variant.may_be_stopped else ():
             signal_session(process, number)

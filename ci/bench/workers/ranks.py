@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["digest", "leave_result", "mean_seconds", "median_seconds", "meet"]
+__all__ = ["digest", "in_step", "leave_result", "mean_seconds", "median_seconds", "meet"]
 
 _FOLDER = "BENCH_FOLDER"
 _TURNS = "BENCH_TURNS"
@@ -28,6 +28,34 @@ def meet(rank: int, ranks: int, timeout_seconds: float = 60) -> None:
         if time.monotonic() > end:
             raise TimeoutError(f"rank {rank}: not all of {ranks} ranks started within {timeout_seconds:.0f} s")
         time.sleep(0.002)
+
+
+def in_step(step: Callable[[], object], rank: int, ranks: int) -> Callable[[], None]:
+    """``step`` after which every rank waits for the slowest, as all do that keep ranks in step, and sends nothing.
+
+    What such steps take beyond independent ones is the unevenness of the machine, and no way of training saves it.
+    """
+    path = str(Path(os.environ[_FOLDER]) / "in-step")
+    with socket.socket(socket.AF_UNIX) as door:
+        if rank == 0:
+            door.bind(path)
+            door.listen()
+        meet(rank, ranks)
+        others = [door.accept()[0] for _ in range(1, ranks)] if rank == 0 else [socket.socket(socket.AF_UNIX)]
+    if rank > 0:
+        others[0].connect(path)
+
+    def together() -> None:
+        step()
+        if rank > 0:
+            others[0].send(b".")
+        for other in others:
+            other.recv(1)
+        if rank == 0:
+            for other in others:
+                other.send(b".")
+
+    return together
 
 
 def median_seconds(step: Callable[[], object], steps: int, warmup: int) -> float:

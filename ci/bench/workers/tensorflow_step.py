@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from ci.bench.workers.ranks import digest, leave_result, median_seconds, meet
+from ci.bench.workers.ranks import in_step as ranks_in_step
 
 WIDTH, LAYERS, HEADS, CONTEXT, VOCABULARY, BATCH = 256, 4, 4, 128, 256, 8
 
@@ -127,7 +128,12 @@ def hvdscale() -> tuple[int, int, keras.Model, Step]:
     return hvd.rank(), hvd.size(), model, step
 
 
-WAYS = {way.__name__: way for way in (independent, strategy, horovod, hvdscale)}
+def in_step() -> tuple[int, int, keras.Model, Step]:
+    rank, ranks, model, step = independent()
+    return rank, ranks, model, ranks_in_step(step, rank, ranks)
+
+
+WAYS = {way.__name__: way for way in (independent, in_step, strategy, horovod, hvdscale)}
 
 
 def main() -> None:
@@ -139,7 +145,9 @@ def main() -> None:
     rank, ranks, model, step = WAYS[options.way]()
     meet(rank, ranks)
     seconds = median_seconds(step, options.steps, warmup=3)
-    weights = None if options.way == "independent" else digest(v.numpy() for v in model.trainable_variables)
+    weights = (
+        None if options.way in ("independent", "in_step") else digest(v.numpy() for v in model.trainable_variables)
+    )
     leave_result(rank, weights, step=seconds)
 
 

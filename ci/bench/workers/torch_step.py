@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ci.bench.workers.ranks import digest, leave_result, median_seconds, meet
+from ci.bench.workers.ranks import digest, in_step, leave_result, median_seconds, meet
 
 WIDTH, LAYERS, HEADS, CONTEXT, VOCABULARY, BATCH = 256, 4, 4, 128, 256, 8
 
@@ -50,7 +50,7 @@ class GPT(nn.Module):
 
 def join(way: str, model: GPT, optimizer: torch.optim.Optimizer) -> tuple[int, int, nn.Module, torch.optim.Optimizer]:
     """(rank, ranks, model, optimizer) as this way of training hands them back."""
-    if way == "independent":
+    if way in ("independent", "in_step"):
         return int(os.environ["BENCH_RANK"]), int(os.environ["BENCH_RANKS"]), model, optimizer
     if way == "ddp":
         rank, ranks = int(os.environ["BENCH_RANK"]), int(os.environ["BENCH_RANKS"])
@@ -92,16 +92,20 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, data: torc
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--way", choices=("independent", "ddp", "horovod", "hvdscale"), required=True)
+    parser.add_argument("--way", choices=("independent", "in_step", "ddp", "horovod", "hvdscale"), required=True)
     parser.add_argument("--steps", type=int, required=True)
     options = parser.parse_args()
     torch.manual_seed(0)
     model = GPT()
     rank, ranks, joined, optimizer = join(options.way, model, torch.optim.AdamW(model.parameters(), lr=3e-4))
     step = training_step(joined, optimizer, random_batch(rank))
+    if options.way == "in_step":
+        step = in_step(step, rank, ranks)
     meet(rank, ranks)
     seconds = median_seconds(step, options.steps, warmup=3)
-    weights = None if options.way == "independent" else digest(p.detach().numpy() for p in model.parameters())
+    weights = (
+        None if options.way in ("independent", "in_step") else digest(p.detach().numpy() for p in model.parameters())
+    )
     leave_result(rank, weights, step=seconds)
 
 
