@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvdscale.data import BalancedPlan, Batch, Feed, Passes, ShardPlan, ShardStream, StreamFeed, Table
-from hvdscale.data.checks import instance, integer, own_shard
+from hvdscale.data.checks import function, instance, integer, own_shard
 from hvdscale.data.tables import stack
 from hvdscale.errors import PlanError
 from hvdscale.tensorflow.arrays import layout_of
@@ -70,6 +70,7 @@ def shard_dataset(
     if isinstance(plan, ShardStream):
         if epoch is not None:
             raise PlanError(f"A stream has its epoch in itself: ShardStream(..., epoch={epoch!r}). Leave epoch out.")
+        function("collate", collate)
         if workers:
             raise PlanError(f"One thread reads a stream; workers is {workers}. Leave workers out.")
         return StreamDataset(StreamFeed(data, plan, mine, batch_size), data, collate or stack, signature, prefetch)

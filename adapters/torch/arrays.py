@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
+from hvdscale.data.checks import function
 from hvdscale.data.nested import all_arrays, mapped, refuse_no_data, rows_in
 
 __all__ = ["Arrays", "as_dataset"]
@@ -41,6 +42,7 @@ def as_dataset(data: Any, collate: Callable[[Any], Any] | None) -> tuple[Any, Ca
     Raises:
         PlanError: data without a length and items.
     """
+    function("collate", collate)
     if all_arrays(data, _is_array):
         return Arrays(data), collate or _as_it_is
     refuse_no_data(data)

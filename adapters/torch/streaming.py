@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from hvdscale.data import ShardStream
+from hvdscale.data.checks import function
 from hvdscale.errors import PlanError
 from hvdscale.torch.samplers import own_shard
 
@@ -43,6 +44,7 @@ class ShardedIterable(IterableDataset[Any]):
         self.source, self.stream, self.batch_size = source, stream, batch_size
         self.shard = own_shard(shard, stream.shards)
         self.after: Mapping[str, Any] | None = None
+        function("collate", collate)
         self._collate = collate or default_collate
         self._state: Mapping[str, Any] = stream.reader(source, self.shard, batch_size).state_dict()
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from hvdscale.data.balancing import LONGEST, balance
 from hvdscale.data.batch import Batch
 from hvdscale.data.certificate import add_sums, sum_of
-from hvdscale.data.checks import instance, integer, states_of_all
+from hvdscale.data.checks import differ, instance, integer, states_of_all
 from hvdscale.data.delivery import Delivery
 from hvdscale.data.lengths import check_lengths
 from hvdscale.data.plan import ShardPlan
@@ -113,7 +113,7 @@ class BalancedPlan:
             if not isinstance(state, Mapping) or state.get("format") != _FORMAT:
                 raise StateError(f"State {i} is not that of a balanced reader ({_FORMAT}): {state!r:.200}.")
         at = [state.get("steps") for state in states]
-        if len(set(at)) > 1:
+        if any(differ(steps, at[0]) for steps in at):
             raise StateError(
                 f"A balanced step is delivered by all ranks or by none; these delivered {at} steps. "
                 "Resume from states saved at the same step."
@@ -159,6 +159,7 @@ class BalancedReader(Delivery):
         Raises:
             PlanError: this is not the next batch.
         """
+        instance("batch", batch, Batch)
         self._stream = None
         self._count(batch)
 

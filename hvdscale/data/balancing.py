@@ -12,7 +12,7 @@ import heapq
 import numpy as np
 import numpy.typing as npt
 
-from hvdscale.data.checks import integer
+from hvdscale.data.checks import array, flag, integer
 from hvdscale.data.lengths import check_factor, check_lengths
 from hvdscale.data.types import Int64s
 from hvdscale.errors import PlanError
@@ -54,6 +54,7 @@ def balance(
         PlanError: an argument out of its range, or two factors that are both 0.
     """
     ranks = integer("ranks", ranks, 1, _MOST_RANKS)
+    equal_counts = flag("equal_counts", equal_counts)
     costs = _costs(lengths, linear, quadratic)
     order = np.argsort(-costs, kind="stable")
     owner = (_in_rounds if equal_counts else _longest_first)(costs, order, ranks)
@@ -76,7 +77,7 @@ def rank_costs(
     """
     ranks = integer("ranks", ranks, 1, _MOST_RANKS)
     costs = _costs(lengths, linear, quadratic)
-    owners = np.asarray(owner)
+    owners = array("Owners", owner)
     if owners.shape != costs.shape or (owners.size and owners.dtype.kind not in "iu"):
         raise PlanError(
             f"Each of the {costs.size} samples has one owner, an integer; owners are {owners.dtype}{owners.shape}."

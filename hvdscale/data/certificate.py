@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from hvdscale.data.checks import instance, integer
 from hvdscale.data.hashing import derive_words, hash_integers
 from hvdscale.data.types import Int64s
 
@@ -30,7 +31,8 @@ def sum_of(samples: Int64s) -> int:
 
 def add_sums(sums: Iterable[int]) -> int:
     """Sums of ranks, or of parts of one epoch, together."""
-    return sum(int(part) for part in sums) % 2**64
+    instance("sums", sums, Iterable)
+    return sum(integer("Each sum", part, 0) for part in sums) % 2**64
 
 
 @lru_cache(maxsize=64)

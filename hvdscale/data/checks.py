@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,16 +11,67 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvdscale.data.types import Int64s
+from hvdscale.data.types import Int64s, Share
 from hvdscale.errors import PlanError, StateError
 
-__all__ = ["instance", "integer", "numbers_below", "one_of", "own_shard", "states_of_all", "weights_for"]
+__all__ = [
+    "MOST_SHARDS",
+    "array",
+    "differ",
+    "flag",
+    "function",
+    "instance",
+    "integer",
+    "numbers_below",
+    "one_of",
+    "own_shard",
+    "shares_from",
+    "states_of_all",
+    "weights_for",
+]
+
+MOST_SHARDS = 2**16 - 1
 
 
 def instance(name: str, value: object, *kinds: type) -> None:
     """Raises PlanError where ``value`` is of none of ``kinds``."""
     if not isinstance(value, kinds):
         raise PlanError(f"{name} is a {' or '.join(kind.__name__ for kind in kinds)}; it is {value!r:.80}.")
+
+
+def flag(name: str, value: object) -> bool:
+    """``value`` as a bool. Raises PlanError where it is none."""
+    if not isinstance(value, bool | np.bool_):
+        raise PlanError(f"{name} is True or False; it is {value!r:.80}.")
+    return bool(value)
+
+
+def function(name: str, value: object) -> None:
+    """Raises PlanError where ``value`` is neither None nor a function."""
+    if value is not None and not callable(value):
+        raise PlanError(f"{name} is a function; it is {value!r:.80}.")
+
+
+def differ(one: object, other: object) -> bool:
+    """Whether two values of states are not the same. What JSON cannot hold is like nothing else."""
+    try:
+        return bool(one != other)
+    except (TypeError, ValueError):  # arrays, which compare element by element
+        return True
+
+
+def array(name: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
+    """``values`` as an array.
+
+    Raises:
+        PlanError: lists of unequal length, or a masked array that hides something.
+    """
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        raise PlanError(f"{name} must all be there; {np.ma.count_masked(values)} of this masked array are not.")
+    try:
+        return np.asarray(values)
+    except ValueError:
+        raise PlanError(f"{name} are one array; these lists are of unequal length: {values!r:.80}.") from None
 
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:
@@ -44,10 +96,7 @@ def numbers_below(name: str, values: npt.ArrayLike, count: int) -> Int64s:
     Raises:
         PlanError: one is not, or they are no integers.
     """
-    try:
-        given = np.asarray(values)
-    except ValueError:
-        raise PlanError(f"{name} are integers in one array; these lists are of unequal length: {values!r}.") from None
+    given = array(name, values)
     if given.size and given.dtype.kind not in "iu":
         raise PlanError(f"{name} are integers in 0..{count - 1}; these are {given.dtype}.")
     if given.size and not 0 <= int(given.min()) <= int(given.max()) < count:
@@ -57,8 +106,8 @@ def numbers_below(name: str, values: npt.ArrayLike, count: int) -> Int64s:
 
 def one_of(name: str, value: object, names: Sequence[str]) -> None:
     """Raises PlanError where ``value`` is none of ``names``."""
-    if value not in names:
-        raise PlanError(f"{name} is one of {', '.join(map(repr, names))}; it is {value!r}.")
+    if not isinstance(value, str) or value not in names:
+        raise PlanError(f"{name} is one of {', '.join(map(repr, names))}; it is {value!r:.80}.")
 
 
 def own_shard(shard: int | None, shards: int, rank: int, ranks: int) -> int:
@@ -83,7 +132,7 @@ def states_of_all(states: object) -> list[Any]:
     Raises:
         StateError: there are none, or this is one state, or no list.
     """
-    if isinstance(states, str | bytes | Mapping) or not isinstance(states, Iterable):
+    if isinstance(states, str | bytes | Mapping | np.ndarray) or not isinstance(states, Iterable):
         raise StateError(f"resume takes the states of all shards, as a list; this is {str(states)[:80]!r}.")
     found = list(states)
     if not found:
@@ -102,12 +151,26 @@ def weights_for(shards: int, weights: Sequence[float] | None) -> tuple[float, ..
     try:
         if isinstance(weights, str | Mapping):
             raise TypeError
-        given = tuple(float(weight) for weight in weights)
+        listed = isinstance(weights, list | tuple | np.ndarray)
+        given = tuple(map(float, weights if listed else itertools.islice(weights, shards + 1)))
     except (TypeError, ValueError, OverflowError):
-        raise PlanError(f"weights are one positive number per shard; they are {weights!r}.") from None
+        raise PlanError(f"weights are one positive number per shard; they are {weights!r:.200}.") from None
     if len(given) != shards:
         raise PlanError(f"weights are one positive number per shard; there are {shards} shards, {len(given)} weights.")
     for shard, weight in enumerate(given):
         if not (weight > 0 and math.isfinite(weight)):
             raise PlanError(f"Each weight is positive and finite; that of shard {shard} is {weight:g}.")
     return None if len(set(given)) == 1 else given
+
+
+def shares_from(saved: Iterable[Any]) -> tuple[Share, ...]:
+    """Pairs of shards and their weights.
+
+    Raises:
+        PlanError: something else, or shards or weights that cannot be.
+    """
+    try:
+        pairs = [(shards, weights) for shards, weights in saved]
+    except (TypeError, ValueError):
+        raise PlanError(f"Shares are pairs of shards and weights; these are {saved!r:.80}.") from None
+    return tuple((number := integer("shards", shards, 1, MOST_SHARDS), weights_for(number, w)) for shards, w in pairs)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from hvdscale.data.checks import array
 from hvdscale.data.types import Keys, UInt64s
 from hvdscale.errors import PlanError
 
@@ -30,7 +31,7 @@ def derive_words(count: int, *facts: object) -> UInt64s:
     as they would under ``seed + epoch``.
     """
     text = "".join(f"{len(str(fact))}:{fact}," for fact in facts)
-    digest = hashlib.blake2b(text.encode(), digest_size=8 * count).digest()
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8 * count).digest()
     return np.frombuffer(digest, "<u8").astype(np.uint64)
 
 
@@ -65,6 +66,7 @@ def key_vector(keys: object) -> Keys:
     if not isinstance(keys, list | tuple | np.ndarray) and hasattr(keys, "__array__"):
         vector = np.asarray(keys)
     if isinstance(vector, np.ndarray):
+        vector = array("Keys", vector)
         if vector.ndim != 1:
             raise PlanError(f"Keys are one per sample: a vector. This array has shape {vector.shape}.")
         return vector

@@ -65,7 +65,13 @@ class HashedKeys:
         Raises:
             PlanError: keys of no usable kind; with ``unique``, keys that occur twice.
         """
-        units = np.empty(len(keys), np.uint16)
+        try:
+            units = np.empty(len(keys), np.uint16)
+        except (MemoryError, ValueError):
+            raise PlanError(
+                f"A plan keeps two bytes of each key; {2 * len(keys):,} bytes for {len(keys):,} keys are not to be "
+                "had. Without keys the index is the key, and nothing is kept."
+            ) from None
         digest = xxhash.xxh3_64()
         kept: list[UInt64s] = []
         place = 0

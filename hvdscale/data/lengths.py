@@ -7,6 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from hvdscale.data.checks import array
 from hvdscale.data.types import Int64s
 from hvdscale.errors import PlanError
 
@@ -31,7 +32,7 @@ def check_lengths(lengths: npt.ArrayLike, most: int) -> Int64s:
     Raises:
         PlanError: no vector, no integers, or one out of range.
     """
-    given = np.asarray(lengths)
+    given = array("Lengths", lengths)
     if given.ndim != 1:
         raise PlanError(f"Lengths are one integer per sample: a vector. These have shape {given.shape}.")
     if given.size == 0:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from hvdscale.errors import PlanError
 
 __all__ = ["all_arrays", "mapped", "refuse_no_data", "rows_in"]
@@ -46,7 +48,7 @@ def refuse_no_data(data: Any) -> None:
     if isinstance(data, Mapping):
         kinds = ", ".join(f"{name!r} is a {type(part).__name__}" for name, part in data.items())
         raise PlanError(f"A dictionary as data holds arrays alone; {kinds or 'it is empty'}. Make arrays of its parts.")
-    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+    if isinstance(data, np.ndarray) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise PlanError(
             "data is an array, a tuple or dictionary of arrays, or an object with __len__ and __getitem__; "
             f"it is a {type(data).__name__}. For a stream give a ShardStream as the plan."

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import xxhash
 
 from hvdscale.data.best_fit import best_fit
-from hvdscale.data.checks import integer, numbers_below
+from hvdscale.data.checks import array, integer, numbers_below, one_of
 from hvdscale.data.lengths import check_lengths
 from hvdscale.data.types import Int64s
 from hvdscale.errors import PlanError
@@ -21,6 +21,7 @@ PackMethod = Literal["best-fit", "chop"]
 
 _LONGEST_BLOCK = 2**30
 _MOST_TOKENS = 2**62
+_MOST_BLOCKS = 2**31  # what describes their pieces takes 40 bytes a block and more
 
 Int32s = npt.NDArray[np.int32]
 
@@ -70,8 +71,8 @@ class Packing:
     """int64[documents + 1]: where each document starts in the tokens of all documents, one behind another."""
 
     def __post_init__(self) -> None:
-        for array in (self.starts, *self.pieces, self.first_token):
-            array.flags.writeable = False
+        for part in (self.starts, *self.pieces, self.first_token):
+            part.flags.writeable = False
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -80,8 +81,8 @@ class Packing:
     def digest(self) -> str:
         """A hash of the whole packing, the same on every machine; ranks with equal digests read equal blocks."""
         digest = xxhash.xxh3_64(f"pack-v1 {self.block} {len(self)} {len(self.first_token)}".encode())
-        for array in (self.starts, *self.pieces):
-            digest.update(array.astype("<i8").tobytes())
+        for part in (self.starts, *self.pieces):
+            digest.update(part.astype("<i8").tobytes())
         return digest.hexdigest()
 
     def report(self) -> PackingReport:
@@ -100,7 +101,7 @@ class Packing:
     def pieces_of(self, block: int) -> Pieces:
         """The pieces in one block, in the order in which they lie there."""
         b = integer("block", block, 0, len(self) - 1)
-        return Pieces(*(array[self.starts[b] : self.starts[b + 1]] for array in self.pieces))
+        return Pieces(*(part[self.starts[b] : self.starts[b + 1]] for part in self.pieces))
 
     def places(self, blocks: npt.ArrayLike) -> Int64s:
         """Where each token of these blocks is in the tokens of all documents: int64[..., block], -1 for padding.
@@ -117,6 +118,9 @@ class Packing:
 
         ``tokens`` are those of all documents, one behind another: [sum of lengths]; a memory map will do.
         """
+        tokens = array("Tokens", tokens)
+        if tokens.dtype.kind in "iu":
+            padding = integer("padding", padding, int(np.iinfo(tokens.dtype).min), int(np.iinfo(tokens.dtype).max))
         if np.shape(tokens) != (int(self.first_token[-1]),):
             raise PlanError(
                 f"The documents packed have {self.first_token[-1]} tokens in one vector; "
@@ -157,7 +161,7 @@ class Packing:
         wanted = numbers_below("Blocks", blocks, len(self))
         flat = wanted.ravel()
         row, number = _runs(self.starts[flat + 1] - self.starts[flat])
-        pieces = Pieces(*(array[self.starts[flat][row] + number] for array in self.pieces))
+        pieces = Pieces(*(part[self.starts[flat][row] + number] for part in self.pieces))
         return _Rows(self.block, wanted.shape, row, number, pieces, *_runs(pieces.length))
 
 
@@ -208,9 +212,12 @@ def pack(lengths: npt.ArrayLike, block: int, method: PackMethod = "best-fit") ->
         PlanError: lengths that are no integers from 0, or another argument out of its range.
     """
     block = integer("block", block, 1, _LONGEST_BLOCK)
-    if method not in get_args(PackMethod):
-        raise PlanError(f"method is one of {', '.join(map(repr, get_args(PackMethod)))}; it is {method!r}.")
-    checked = check_lengths(lengths, _MOST_TOKENS // max(1, np.size(lengths)))
+    one_of("method", method, get_args(PackMethod))
+    given = array("Lengths", lengths)
+    checked = check_lengths(given, _MOST_TOKENS // max(1, given.size))
+    blocks = int((-(-checked // block)).sum())
+    if blocks > _MOST_BLOCKS:
+        raise PlanError(f"A packing has at most {_MOST_BLOCKS} blocks; these would fill {blocks} of {block} tokens.")
     first_token = np.concatenate([np.zeros(1, np.int64), np.cumsum(checked)])  # [documents + 1]
     return (_pack_whole if method == "best-fit" else _chop)(checked, block, first_token)
 

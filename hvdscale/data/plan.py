@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hvdscale.data.certificate import known_total
-from hvdscale.data.checks import instance, integer, numbers_below, one_of, weights_for
+from hvdscale.data.checks import MOST_SHARDS, flag, instance, integer, numbers_below, one_of, shares_from, weights_for
 from hvdscale.data.hashed import Hashed, moved_units
 from hvdscale.data.hashing import hash_blocks, key_vector
 from hvdscale.data.interruption import Interruption
@@ -29,7 +29,6 @@ from hvdscale.errors import PlanError
 __all__ = ["ShardPlan"]
 
 _MOST_SAMPLES = 2**62
-_MOST_SHARDS = 2**16 - 1
 
 
 @dataclass(frozen=True)
@@ -79,22 +78,28 @@ class ShardPlan:
 
     def __post_init__(self) -> None:
         n = integer("n, the number of samples,", self.n, 0, _MOST_SAMPLES)
-        shards = integer("shards", self.shards, 1, _MOST_SHARDS)
+        shards = integer("shards", self.shards, 1, MOST_SHARDS)
         seed = integer("seed", self.seed, 0)
         one_of("policy", self.policy, get_args(PolicyName))
         one_of("tail", self.tail, get_args(TailName))
         weights = weights_for(shards, self.weights)
-        keys = self._hashed_keys(n, seed)
-        instance("even", self.even, bool)
-        if self.even and keys is None:
+        unique, even = flag("unique_keys", self.unique_keys), flag("even", self.even)
+        keys = self._hashed_keys(n, seed, unique)
+        if even and keys is None:
             raise PlanError('even is for policy "hash" with keys; "random" and "ordered" are even by themselves.')
         checked: dict[str, object] = {"n": n, "shards": shards, "seed": seed, "weights": weights, "keys": keys}
+        checked["even"] = even
+        checked["unique_keys"] = unique
+        checked["resized_from"] = shares_from(self.resized_from)
+        instance("interrupted", self.interrupted, tuple)
+        for each in self.interrupted:
+            instance("An interrupted epoch", each, Interruption)
         checked["first_epoch"] = integer("first_epoch", self.first_epoch, 0)
         checked["keys_digest"] = "" if keys is None else keys.digest
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
-    def _hashed_keys(self, n: int, seed: int) -> HashedKeys | None:
+    def _hashed_keys(self, n: int, seed: int, unique: bool) -> HashedKeys | None:
         if self.keys is None:
             return None
         if self.policy != "hash":
@@ -103,7 +108,7 @@ class ShardPlan:
         if len(keys) != n:
             raise PlanError(f"Each sample has one key; there are {n} samples and {len(keys)} keys.")
         if not isinstance(keys, HashedKeys):
-            return HashedKeys.of(keys, seed, self.unique_keys)
+            return HashedKeys.of(keys, seed, unique)
         if keys.seed != seed:
             raise PlanError(f"These keys were hashed under seed {keys.seed}, not {seed}. Give the keys.")
         return keys
@@ -217,9 +222,9 @@ class ShardPlan:
         """Batches of ``shard``, epoch after epoch without end, from ``epoch`` (default: the plan's first) on.
 
         Raises:
-            PlanError: under tail ``"drop"``, a shard that fills no batch.
+            PlanError: under tail ``"drop"`` a shard that fills no batch; under ``"pad"`` a batch far beyond any shard.
         """
-        return Reader(self, self._shard(shard), integer("batch_size", batch_size, 1), epoch)
+        return Reader(self, self._shard(shard), integer("batch_size", batch_size, 1, _MOST_SAMPLES), epoch)
 
     @classmethod
     def resume(
@@ -248,7 +253,7 @@ class ShardPlan:
             PlanError: shards, keys or weights that cannot be.
         """
         past = merge_states(states)
-        count = past.shares[-1][0] if shards is None else integer("shards", shards, 1, _MOST_SHARDS)
+        count = past.shares[-1][0] if shards is None else integer("shards", shards, 1, MOST_SHARDS)
         if weights is None and count == past.shares[-1][0]:
             weights = past.shares[-1][1]
         share = (count, weights_for(count, weights))

@@ -10,7 +10,7 @@ import numpy as np
 
 from hvdscale.data.batch import Batch, rebatch, steps_of
 from hvdscale.data.certificate import add_sums, sum_of
-from hvdscale.data.checks import integer
+from hvdscale.data.checks import instance, integer
 from hvdscale.data.delivery import Delivery
 from hvdscale.data.state import Position, check_own_state, make_state
 from hvdscale.data.types import BLOCK, Int64s
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Reader"]
 
 _SUM_EVERY = 64  # batches
+_LARGEST_FILLED = 1 << 24  # samples of a batch that may be larger than every shard
 
 
 class Reader(Delivery):
@@ -35,6 +36,13 @@ class Reader(Delivery):
         self.plan, self.shard, self.batch_size = plan, shard, batch_size
         super().__init__(plan.first_epoch if epoch is None else integer("epoch", epoch, plan.first_epoch))
         self._unsummed: list[Int64s] = []
+        if plan.tail == "pad" and batch_size > _LARGEST_FILLED:
+            largest = int(plan.sizes(self._regular_epoch).max())
+            if batch_size > largest:
+                raise PlanError(
+                    f'Tail "pad" fills every batch: batch_size is {batch_size}, and the largest shard holds {largest} '
+                    'samples. Use a smaller batch, or tail "exact".'
+                )
         if plan.tail == "drop" and plan.n and not self.steps(self._regular_epoch):
             sizes = plan.sizes(self._regular_epoch)
             raise PlanError(
@@ -61,6 +69,7 @@ class Reader(Delivery):
         Raises:
             PlanError: this is not the next batch.
         """
+        instance("batch", batch, Batch)
         if (batch.epoch, batch.step) != (self._epoch, self._step):
             raise PlanError(
                 f"Batches are delivered in order: the next is step {self._step} of epoch {self._epoch}; "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 from hvdscale.data.certificate import REMEMBERED_EPOCHS, add_sums
-from hvdscale.data.checks import integer, one_of, states_of_all, weights_for
+from hvdscale.data.checks import differ, integer, one_of, shares_from, states_of_all
 from hvdscale.data.format import EVEN_FORMAT, FORMAT, fingerprint
 from hvdscale.data.interruption import Interruption, Leg
 from hvdscale.data.types import Int64s, Keys, PolicyName, Share, TailName
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from hvdscale.data.plan import ShardPlan
 
 __all__ = ["Past", "Position", "check_own_state", "make_state", "merge_states"]
+
+
+_FURTHEST_AHEAD = 4096  # epochs that one reader may be ahead of another
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,14 @@ class Past:
     def first_epoch(self) -> int:
         """The epoch of the slowest reader."""
         return min(position.epoch for position in self.positions)
+
+    def check_epochs(self) -> None:
+        """Raises PlanError where epochs lie so far apart that no run can have left them."""
+        last = max([*(position.epoch for position in self.positions), *(each.epoch for each in self.interrupted)])
+        if last - self.first_epoch > _FURTHEST_AHEAD:
+            raise PlanError(
+                f"the epochs of one run lie at most {_FURTHEST_AHEAD} apart; these go from {self.first_epoch} to {last}"
+            )
 
     def interruptions(self, sizes_in: Callable[[int], Int64s]) -> tuple[Interruption, ...]:
         """Every epoch that some reader has begun and not all have ended, with what was read of it.
@@ -193,6 +204,7 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> Past:
             tuple(_interruption(each) for each in plan["interrupted"]),
             tuple(positions),
         )
+        past.check_epochs()
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise StateError(f"The plan in the states is damaged: {_said(error)}") from error
     shards = shares[-1][0]
@@ -212,9 +224,9 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> Past:
 def _position(state: Mapping[str, Any]) -> Position:
     if not isinstance(state, Mapping) or "format" not in state:
         raise StateError(f"A state is what reader.state_dict() returned; this is {str(state)[:80]!r}.")
-    if state["format"] != FORMAT:
+    if differ(state["format"], FORMAT):
         raise StateError(f"This version reads states of format {FORMAT!r}; this one is {state['format']!r}.")
-    if state.get("fingerprint") != fingerprint():
+    if differ(state.get("fingerprint"), fingerprint()):
         raise StateError(
             f"The build that saved this state places samples differently: its fingerprint is "
             f"{state.get('fingerprint')!r}, here {fingerprint()!r}. Resume with the version that saved it."
@@ -237,7 +249,7 @@ def _position(state: Mapping[str, Any]) -> Position:
 
 def _same_plan(one: str, a: Mapping[str, Any], other: str, b: Mapping[str, Any]) -> None:
     for name in a.keys() | b.keys():
-        if a.get(name) != b.get(name):
+        if differ(a.get(name), b.get(name)):
             raise StateError(
                 f"States belong to one plan; {name} differs: {one} has {_short(a.get(name))}, {other} "
                 f"{_short(b.get(name))}."
@@ -261,12 +273,14 @@ def _interruption(saved: Mapping[str, Any]) -> Interruption:
         if len(delivered) != shares[-1][0]:
             raise PlanError(f"a leg of {shares[-1][0]} shards has {len(delivered)} counts")
         legs.append(Leg(shares, delivered))
+    if not legs:
+        raise PlanError("an interrupted epoch has no legs")
     certificate = None if saved["certificate"] is None else _sum(saved["certificate"])
     return Interruption(integer("epoch", saved["epoch"], 0), tuple(legs), certificate)
 
 
 def _even(saved: object) -> bool:
-    if saved not in (None, EVEN_FORMAT):
+    if saved is not None and differ(saved, EVEN_FORMAT):
         raise PlanError(f"even shards are made as {EVEN_FORMAT!r} here; this state's as {saved!r}.")
     return saved is not None
 
@@ -280,7 +294,7 @@ def _shares_to_json(shares: Sequence[Share]) -> list[list[Any]]:
 
 
 def _shares(saved: Sequence[Sequence[Any]]) -> tuple[Share, ...]:
-    found = tuple((integer("shards", shards, 1, 2**16 - 1), weights_for(shards, w)) for shards, w in saved)
+    found = shares_from(saved)
     if not found:
         raise PlanError("it has no shards")
     return found

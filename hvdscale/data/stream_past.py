@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvdscale.data.checks import states_of_all
+from hvdscale.data.checks import differ, states_of_all
 from hvdscale.data.types import Int64s
 from hvdscale.errors import StateError
 
@@ -54,8 +54,8 @@ def merge_states(states: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) 
             raise StateError(f"States are of one run and epoch; state 0 is of {first}, state {i} of {_run_of(state)}.")
     shards = states[0]["shards"]
     got = sorted(state["shard"] for state in states)
-    if got != list(range(shards)):
-        raise StateError(f"Each of the {shards} shards of the run has one state; these are of shards {got}.")
+    if len(got) != shards or got != list(range(shards)):
+        raise StateError(f"Each of the {shards} shards of the run has one state; these are of shards {got!s:.80}.")
     if all(state["finished"] for state in states):
         return states[0]["epoch"] + 1, ()
     reached = {state["shard"]: state["reached"] for state in states}
@@ -79,7 +79,7 @@ def _check_state(i: int, state: object, facts: Mapping[str, Any]) -> None:
     if not isinstance(state, Mapping):
         raise StateError(f"A state is a dictionary from state_dict(); state {i} is {state!r}.")
     for name, value in facts.items():
-        if state.get(name) != value:
+        if differ(state.get(name), value):
             raise StateError(
                 f"State {i} is of another stream: its {name} is {state.get(name)!r}, that of this stream {value!r}."
             )

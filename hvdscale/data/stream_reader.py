@@ -12,6 +12,7 @@ import numpy.typing as npt
 from hvdscale.data.stream_past import Run
 from hvdscale.data.stream_routes import Picked, Route, Tickets
 from hvdscale.data.types import Int64s
+from hvdscale.errors import PlanError
 
 __all__ = ["StreamReader"]
 
@@ -56,7 +57,10 @@ class StreamReader(Iterator[list[Any]]):
 
     def _read(self, source: Callable[[int], Iterable[Any]]) -> Picked:
         start = self._open - self._open % self._route.span
-        records = iter(source(start))
+        given = source(start)
+        if not isinstance(given, Iterable):
+            raise PlanError(f"source(start) gives the records from number start on, one by one; it gave {given!r:.80}.")
+        records = iter(given)
         for head in records:
             span = chain([head], islice(records, self._route.span - 1))
             yield from self._route.pick(span, start, self._wanted)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from hvdscale.data.checks import integer
+from hvdscale.data.checks import MOST_SHARDS, instance, integer, one_of
 from hvdscale.data.stream_past import Run, first_open, merge_states, read_state
 from hvdscale.data.stream_reader import StreamReader
 from hvdscale.data.stream_routes import ByKey, InOrder, InWindows, Route
@@ -18,9 +18,9 @@ __all__ = ["ShardStream", "StreamPolicy"]
 StreamPolicy = Literal["ordered", "random", "hash"]
 
 _FORMAT = "stream-v1"
-_MOST_SHARDS = 2**16 - 1
 _DEFAULT_WINDOW = 1 << 14
 _LARGEST_WINDOW = 1 << 30
+_LARGEST_BATCH = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,13 @@ class ShardStream:
     """What earlier runs of this epoch read, as ``resume`` knows it from their states."""
 
     def __post_init__(self) -> None:
-        integer("shards", self.shards, 1, _MOST_SHARDS)
+        integer("shards", self.shards, 1, MOST_SHARDS)
         integer("seed", self.seed, 0)
         integer("epoch", self.epoch, 0)
-        if self.policy not in get_args(StreamPolicy):
-            names = ", ".join(map(repr, get_args(StreamPolicy)))
-            raise PlanError(f"policy is one of {names}; it is {self.policy!r}.")
+        one_of("policy", self.policy, get_args(StreamPolicy))
+        instance("past", self.past, tuple)
+        for run in self.past:
+            instance("A run of the past", run, Run)
         if self.policy == "random":
             window = _DEFAULT_WINDOW if self.window is None else self.window
             object.__setattr__(self, "window", integer("window", window, 1, _LARGEST_WINDOW))
@@ -123,7 +124,7 @@ class ShardStream:
             StateError: ``after`` is of another stream, run or shard.
         """
         integer("shard", shard, 0, self.shards - 1)
-        integer("batch_size", batch_size, 1)
+        integer("batch_size", batch_size, 1, _LARGEST_BATCH)
         integer("every", every, 1)
         integer("first", first, 0, every - 1)
         if not callable(source):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from hvdscale.data.checks import function
 from hvdscale.data.nested import all_arrays, mapped, refuse_no_data, rows_in
 from hvdscale.data.types import Int64s
 from hvdscale.errors import PlanError
@@ -28,6 +29,7 @@ class Table:
     """
 
     def __init__(self, data: Any, collate: Callable[[Any], Any] | None = None) -> None:
+        function("collate", collate)
         self.is_arrays = all_arrays(data, _is_array)
         if not self.is_arrays:
             refuse_no_data(data)

@@ -156,6 +156,7 @@ def two_states() -> list[dict[str, Any]]:
     ("change", "message"),
     [
         (lambda s: [s[0], {**s[1], "steps": 2}], r"these delivered \[1, 2\] steps"),
+        (lambda s: [s[0], {**s[1], "steps": [1]}], r"these delivered \[1, \[1\]\] steps"),
         (lambda s: [s[0], s[1]["own"]], "State 1 is not that of a balanced reader"),
         (lambda s: [s[0], 3], "State 1 is not that of a balanced reader .*: 3"),
         (lambda s: s[:1], "shard"),
@@ -176,8 +177,10 @@ def test_states_that_do_not_fit(change: Any, message: str) -> None:
         (lambda: BalancedPlan(ShardPlan(1, 2), [1], linear=0.0), "both factors are 0"),
         (lambda: BalancedPlan(ShardPlan(1, 2), [1], quadratic=-1.0), "quadratic must be a finite number from 0"),
         (lambda: BalancedPlan(7, [1]), "plan is a ShardPlan; it is 7"),  # type: ignore[arg-type]
+        (lambda: balanced(9, 2, equal_counts="yes"), "equal_counts is True or False; it is 'yes'"),
+        (lambda: balanced(9, 2).reader(0, 2).deliver(None), "batch is a Batch; it is None"),
         (lambda: balanced(9, 2).reader(2, 1), r"shard must be an integer in 0\.\.1; it is 2"),
-        (lambda: balanced(9, 2).reader(0, 0), "batch_size must be an integer from 1; it is 0"),
+        (lambda: balanced(9, 2).reader(0, 0), r"batch_size must be an integer in 1\.\..*; it is 0"),
     ],
 )
 def test_bad_arguments(call: Any, message: str) -> None:

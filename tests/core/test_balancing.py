@@ -99,6 +99,8 @@ def test_rank_costs() -> None:
         (lambda: balance([1, -2], 2), r"sample 1 has -2"),
         (lambda: balance([1, 2**50], 2), r"Lengths lie in 0\.\.281474976710656; sample 1 has 1125899906842624"),
         (lambda: balance([1.0], 2), "Lengths are integers, in tokens; these are float64"),
+        (lambda: balance([[1], [2, 3]], 2), "Lengths are one array; these lists are of unequal length"),
+        (lambda: balance(np.ma.array([1, 2], mask=[0, 1]), 2), "Lengths must all be there; 1 of this masked array"),
         (lambda: balance([[1]], 2), r"shape \(1, 1\)"),
         (lambda: balance([1], 0), "ranks must be an integer in 1..2147483647; it is 0"),
         (lambda: balance([1], 2, -1.0), "linear must be a finite number from 0; it is -1.0"),

@@ -185,6 +185,8 @@ def test_nothing_packs_into_no_block(lengths: list[int], method: str) -> None:
         (([1.5], 8), "Lengths are integers, in tokens; these are float64"),
         ((["a"], 8), "Lengths are integers"),
         (([[1, 2]], 8), r"a vector. These have shape \(1, 2\)"),
+        (([[1], [2, 3]], 8), "Lengths are one array; these lists are of unequal length"),
+        (([10**15], 4), "at most 2147483648 blocks; these would fill 250000000000000 of 4 tokens"),
         (([1], 0), "block must be an integer in 1..1073741824; it is 0"),
         (([1], True), "block must be an integer"),
         (([1], 8, "first-fit"), "method is one of 'best-fit', 'chop'; it is 'first-fit'"),
@@ -202,6 +204,10 @@ def test_bad_arguments(arguments: tuple, message: str) -> None:
         (lambda p: p.places(-1), r"Blocks lie in 0\.\.4; these go from -1 to -1"),
         (lambda p: p.position_ids([0.5]), "Blocks are integers"),
         (lambda p: p.pieces_of(5), r"block must be an integer in 0\.\.4; it is 5"),
+        (
+            lambda p: p.read(np.zeros(30, np.uint16), [0], padding=-1),
+            r"padding must be an integer in 0\.\.65535; it is -1",
+        ),
         (lambda p: p.read(np.zeros(29), [0]), r"have 30 tokens in one vector; these tokens have shape \(29,\)"),
     ],
 )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvdscale.data import ShardPlan
+from hvdscale.data import ShardPlan, Table, add_sums
 from hvdscale.errors import PlanError, StateError
 
 PLANS: list[tuple[Callable[[], Any], str]] = [
@@ -31,6 +31,21 @@ PLANS: list[tuple[Callable[[], Any], str]] = [
     (lambda: ShardPlan(10, 2, weights=["a", 1]), r"they are \['a', 1\]"),
     (lambda: ShardPlan(10, 2, weights="12"), "they are '12'"),
     (lambda: ShardPlan(10, 2, weights=[10**400, 1]), r"they are \[10000"),
+    (lambda: ShardPlan(10, 2, weights=itertools.count(1)), "there are 2 shards, 3 weights"),
+    (lambda: ShardPlan(10, 2, resized_from=3), "Shares are pairs of shards and weights; these are 3"),
+    (lambda: ShardPlan(10, 2, resized_from=((0, None),)), r"shards must be an integer in 1\.\.65535; it is 0"),
+    (lambda: ShardPlan(10, 2, interrupted=(7,)), "An interrupted epoch is a Interruption; it is 7"),
+    (lambda: ShardPlan(10, 2, np.array(["hash", "x"])), "'hash'; it is array"),
+    (lambda: ShardPlan(2, 2, "hash", keys=[1, 1], unique_keys="no"), "unique_keys is True or False; it is 'no'"),
+    (lambda: ShardPlan(2, 2, "hash", keys=[1, 1], even=1), "even is True or False; it is 1"),
+    (lambda: ShardPlan(2, 2, "hash", even=True), 'even is for policy "hash" with keys'),
+    (lambda: ShardPlan(10, 2, tail="pad").reader(0, 10**15), r"batch_size is 10+, and the largest shard holds 5"),
+    (lambda: ShardPlan(10, 2, tail="pad").reader(0, 2**62 + 1), r"batch_size must be an integer in 1\.\.4611"),
+    (lambda: ShardPlan(10, 2).reader(0, 4).deliver("one"), "batch is a Batch; it is 'one'"),
+    (lambda: ShardPlan(2**62, 2, "hash", keys=range(2**62)), "9,223,372,036,854,775,808 bytes for 4,611,"),
+    (lambda: ShardPlan(2, 2, "hash", keys=np.ma.array([1, 2], mask=[0, 1])), "Keys must all be there; 1 of"),
+    (lambda: add_sums([1, -1]), "Each sum must be an integer from 0; it is -1"),
+    (lambda: Table([1, 2], 3), "collate is a function; it is 3"),
     (lambda: ShardPlan(10, 2).resize(0), r"shards must be an integer in 1\.\.65535; it is 0"),
     (lambda: ShardPlan(10, 2).resize(3, [1, 2]), "there are 3 shards, 2 weights"),
     (lambda: ShardPlan(2, 2, keys=["a", "b"]), 'Only policy "hash" uses keys; the policy is "random"'),
@@ -60,9 +75,9 @@ PLANS: list[tuple[Callable[[], Any], str]] = [
     (lambda: ShardPlan(10, 2).indices(0, -1), "epoch must be an integer from 0; it is -1"),
     (lambda: ShardPlan(10, 2).owner([3, 10]), r"0\.\.9; these go from 3 to 10"),
     (lambda: ShardPlan(10, 2).owner([0.5]), "these are float64"),
-    (lambda: ShardPlan(10, 2).owner([[1], [2, 3]]), r"of unequal length: \[\[1\], \[2, 3\]\]"),
+    (lambda: ShardPlan(10, 2).owner([[1], [2, 3]]), r"these lists are of unequal length: \[\[1\], \[2, 3\]\]"),
     (lambda: ShardPlan(10, 2).owner_of_keys(["a"]), 'Only policy "hash" places keys; the policy is "random"'),
-    (lambda: ShardPlan(10, 2).reader(0, 0), "batch_size must be an integer from 1; it is 0"),
+    (lambda: ShardPlan(10, 2).reader(0, 0), r"batch_size must be an integer in 1\.\..*; it is 0"),
     (lambda: ShardPlan(10, 2).reader(2, 1), r"shard must be an integer in 0\.\.1; it is 2"),
     (lambda: ShardPlan(10, 3, tail="drop").reader(0, 4), "batch_size is 4, and shard 1 of 3 holds 3 samples"),
 ]
@@ -122,6 +137,10 @@ RESUMES: list[tuple[Callable[[], list[Any]], str]] = [
     (lambda: of_plan(shares=[]), "it has no shards"),
     (lambda: of_plan(shares=[[3, [1, 2]]]), "there are 3 shards, 2 weights"),
     (lambda: of_plan(interrupted=[{"epoch": 0}]), "'legs' is missing"),
+    (lambda: of_plan(interrupted=[{"epoch": 0, "certificate": None, "legs": []}]), "an interrupted epoch has no legs"),
+    (lambda: changed(epoch=10**15), r"lie at most 4096 apart; these go from 0 to 1000000000000000"),
+    (lambda: changed(format=np.zeros(2)), "this one is array"),
+    (lambda: np.array(states(PLAN)), "as a list; this is"),
     (
         lambda: of_plan(
             interrupted=[{"epoch": 0, "certificate": "0", "legs": [{"shares": [[3, None]], "delivered": [1]}]}]
