@@ -67,7 +67,8 @@ def array(name: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
         PlanError: lists of unequal length, or a masked array that hides something.
     """
     if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
-        raise PlanError(f"{name} must all be there; {np.ma.count_masked(values)} of this masked array are not.")
+        missing = int(np.count_nonzero(np.ma.getmaskarray(values)))
+        raise PlanError(f"{name} must all be there; {missing} of this masked array are not.")
     try:
         return np.asarray(values)
     except ValueError:

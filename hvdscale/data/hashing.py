@@ -66,10 +66,10 @@ def key_vector(keys: object) -> Keys:
     if not isinstance(keys, list | tuple | np.ndarray) and hasattr(keys, "__array__"):
         vector = np.asarray(keys)
     if isinstance(vector, np.ndarray):
-        vector = array("Keys", vector)
-        if vector.ndim != 1:
-            raise PlanError(f"Keys are one per sample: a vector. This array has shape {vector.shape}.")
-        return vector
+        given = array("Keys", vector)
+        if given.ndim != 1:
+            raise PlanError(f"Keys are one per sample: a vector. This array has shape {given.shape}.")
+        return given
     if isinstance(vector, str | bytes) or not isinstance(vector, Sequence):
         raise PlanError(
             f"Keys are one per sample, in a list or an array; these are a {type(keys).__name__}. Give list(keys)."
