@@ -271,7 +271,7 @@ def test_loss_scaling_skips_the_same_steps_on_all_ranks(driver: Any, size: int, 
 
 
 REFUSED = [
-    ({"by": "rows"}, 'split by features alone, and by is .rows.*Give by="features"'),
+    ({"by": "rows"}, "by is 'layers', 'graph' or 'features'; it is 'rows'"),
     ({"mesh": "tp=2"}, "mesh is a Mesh, such as"),
     ({"mesh": hvd.Mesh(tp=64)}, r"dp \* pp \* tp must be the number of ranks"),
     ({"rules": {"nowhere*": "column"}}, "matches no layer that can be split. Those are: embedding"),
