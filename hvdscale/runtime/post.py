@@ -132,7 +132,7 @@ class MPIPost:
         from mpi4py import MPI
 
         self._mpi = MPI
-        self.communicator = transport.communicator.Dup()
+        self.communicator = transport.lend()
         self.rank = transport.rank
         self.size = transport.size
         self.ranks = transport.ranks

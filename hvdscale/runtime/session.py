@@ -18,6 +18,8 @@ from hvdscale.runtime.transport import CollectiveTransport, Gather, MPITransport
 
 __all__ = ["Membership", "Preparation", "World", "join", "prepare"]
 
+_RELEASE_SECONDS = 1.0  # for ranks that shut down together
+
 
 @dataclass(frozen=True)
 class World:
@@ -44,6 +46,7 @@ class Membership:
     def leave(self) -> None:
         if self._world is not None:
             self._world.transport.close()
+            self._world.transport.release(_RELEASE_SECONDS)
         self._world = None
 
     def world(self) -> World:
@@ -120,7 +123,7 @@ def join(
     if size == 1:
         transport = SoloTransport()
     elif launch.controller == "mpi":
-        transport = MPITransport(_communicator(comm))
+        transport = _over_mpi(comm)
     else:
         transport = CollectiveTransport(rank, size, gather)
     if launch.size > 1:
@@ -147,13 +150,19 @@ def _import_mpi() -> Any:
     return MPI
 
 
-def _communicator(comm: Any) -> Any:
+def _over_mpi(comm: Any) -> MPITransport:
     mpi = _import_mpi()
     if comm is None or (isinstance(comm, Sequence) and not comm):
-        return mpi.COMM_WORLD
-    if isinstance(comm, Sequence):
-        return mpi.COMM_WORLD.Create_group(mpi.COMM_WORLD.Get_group().Incl(list(comm)))
-    return comm
+        return MPITransport(mpi.COMM_WORLD)
+    if not isinstance(comm, Sequence):
+        return MPITransport(comm)
+    everyone = mpi.COMM_WORLD.Get_group()
+    group = everyone.Incl(list(comm))
+    made = mpi.COMM_WORLD.Create_group(group)
+    transport = MPITransport(made)  # which has one of its own
+    for ours in (made, group, everyone):
+        ours.Free()
+    return transport
 
 
 def _check_sizes(launch: Launch, size: int) -> None:

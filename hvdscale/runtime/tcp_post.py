@@ -32,7 +32,7 @@ _CONNECT_SECONDS = 30.0
 
 
 class TCPPost:
-    """Sockets among the ranks of ``transport``. Collective.
+    """Sockets among the ranks of ``transport``, which closes them. Collective.
 
     A message that nobody asked for yet waits in memory; one that was asked for is read where it belongs.
 
@@ -52,6 +52,7 @@ class TCPPost:
             self._outgoing[position] = queue.SimpleQueue()
             for work in (self._read, self._write):
                 threading.Thread(target=work, args=(position, connection), name="hvdscale-post", daemon=True).start()
+        transport.attach(self)
 
     def send(self, data: Bytes, to: int, tag: int) -> Ticket:
         self.sent_bytes += data.nbytes

@@ -69,6 +69,14 @@ class Transport(Protocol):
         """
         ...
 
+    def attach(self, other: Closable) -> None:
+        """Close ``other``, which uses this transport's ranks, when this one is closed."""
+        ...
+
+    def release(self, patience_seconds: float) -> None:
+        """After ``close()``: give back what the system lends, once every rank has closed. Waits so long at most."""
+        ...
+
     def who_left(self, patience_seconds: float) -> tuple[int, ...]:
         """After a failure elsewhere: global ranks known to have closed. Asks peers that ask too, for so long."""
         ...
@@ -101,6 +109,12 @@ class SoloTransport:
     def close(self) -> None:
         """Nobody waits."""
 
+    def attach(self, other: Closable) -> None:
+        """What is used by one rank alone needs no end."""
+
+    def release(self, patience_seconds: float) -> None:
+        """Nothing was lent."""
+
     def who_left(self, patience_seconds: float) -> tuple[int, ...]:
         return ()
 
@@ -122,8 +136,10 @@ class MPITransport:
         self._pause_seconds = pause_seconds
         self._subsets: dict[tuple[int, ...], MPITransport] = {}
         self._attached: list[Closable] = []
+        self._lent: list[Any] = []
         self._gone: tuple[int, ...] = ()  # global ranks
         self._closed = False
+        self._goodbye: Any = None  # the request of the last all-gather
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
         self.ranks = tuple(range(self.size)) if ranks is None else ranks
@@ -153,8 +169,12 @@ class MPITransport:
         if not key or len(key) == self.size:
             return self
         if key not in self._subsets:
-            group = self._comm.Get_group().Incl([self.ranks.index(rank) for rank in key])
-            self._subsets[key] = MPITransport(self._comm.Create_group(group), key)
+            everyone = self._comm.Get_group()
+            group = everyone.Incl([self.ranks.index(rank) for rank in key])
+            comm = self._comm.Create_group(group)
+            self._subsets[key] = MPITransport(comm, key)  # which has one of its own
+            for made in (comm, group, everyone):
+                made.Free()
         return self._subsets[key]
 
     def close(self) -> None:
@@ -163,9 +183,35 @@ class MPITransport:
         if not self._closed and not MPI.Is_finalized():
             self._closed = True
             # Not awaited: MPI delivers it while Horovod's thread or MPI's own end makes progress.
-            self._start(_LEFT, self._memory_for_good())
+            self._goodbye, _ = self._start(_LEFT, self._memory_for_good())
             for other in (*self._subsets.values(), *self._attached):
                 other.close()
+
+    def release(self, patience_seconds: float) -> None:
+        """Free the communicators, of which MPI has some thousands. One that a rank has not closed, or failed in, stays:
+        its peers may still write there.
+        """
+        from mpi4py import MPI
+
+        until = time.monotonic() + patience_seconds
+        while not MPI.Is_finalized() and self._goodbye is not None:
+            if self._goodbye.Test():
+                self._goodbye = None
+                self._comm.Free()
+                for post in self._lent:
+                    post.Free()
+            elif time.monotonic() > until:
+                break
+            else:
+                time.sleep(0.001)
+        for other in (*self._subsets.values(), *self._attached):
+            if isinstance(other, MPITransport):
+                other.release(until - time.monotonic())
+
+    def lend(self) -> Any:
+        """Another communicator of these ranks, freed with this one's. Collective."""
+        self._lent.append(self._comm.Dup())
+        return self._lent[-1]
 
     def twin(self, pause_seconds: float = 0.0) -> MPITransport:
         """Another transport of the same ranks, for another thread or another purpose; closed with this one. Collective.
@@ -238,6 +284,7 @@ class CollectiveTransport:
     def __init__(self, rank: int, size: int, gather: Gather, process_set: RankSet | None = None) -> None:
         self.rank = rank
         self.size = size
+        self._attached: list[Closable] = []
         self.ranks = tuple(range(size)) if process_set is None else tuple(process_set.ranks or ())
         self._gather = gather
         self._process_set = process_set
@@ -255,10 +302,21 @@ class CollectiveTransport:
         size = process_set.size()
         if size is None or size == self.size:
             return self
-        return CollectiveTransport(process_set.rank() or 0, size, self._gather, process_set)
+        part = CollectiveTransport(process_set.rank() or 0, size, self._gather, process_set)
+        self.attach(part)
+        return part
 
     def close(self) -> None:
-        """Horovod's own shutdown tells peers."""
+        """Horovod's own shutdown tells peers; what is attached tells its own."""
+        while self._attached:
+            self._attached.pop().close()
+
+    def attach(self, other: Closable) -> None:
+        """Close ``other`` when this one is closed."""
+        self._attached.append(other)
+
+    def release(self, patience_seconds: float) -> None:
+        """Horovod's own shutdown does."""
 
     def who_left(self, patience_seconds: float) -> tuple[int, ...]:
         return ()
@@ -320,6 +378,9 @@ class LoopbackTransport:
     def attach(self, other: Closable) -> None:
         """Close ``other`` when this one is closed."""
         self._attached.append(other)
+
+    def release(self, patience_seconds: float) -> None:
+        """Threads are lent nothing."""
 
     def who_left(self, patience_seconds: float) -> tuple[int, ...]:
         return ()
