@@ -6,11 +6,12 @@ A list of layers is strung together on symbolic inputs; so is a model of one's o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
 from keras import tree
+from keras.src import backend as keras_backend
 
 from hvdscale.errors import PlanError
 from hvdscale.keras.program import Program, Unit, marked, plain
@@ -113,68 +114,89 @@ def _inputs_like(sample: Any, otherwise: str) -> Any:
 
 
 def _program(model: Any, graph: Any, opened: tuple[type[Any], ...]) -> Program:
-    walk = _Walk(graph, opened)
-    return Program(model, tuple(walk.units))
+    return Program(model, _Walk(graph, opened).units())
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A node, and where what it reads lies, by the ``id`` of the symbolic tensor."""
+
+    node: Any
+    sources: Mapping[int, Place]
 
 
 class _Walk:
     """Goes through a graph, and into the models in it that are of a type in ``opened``."""
 
     def __init__(self, graph: Any, opened: tuple[type[Any], ...]) -> None:
-        self.units: list[Unit] = []
         self._root, self._opened, self._names = graph, opened, set[str]()
+        self._steps: list[_Step] = []
         places = {id(tensor): (INPUT, i) for i, tensor in enumerate(graph._inputs)}
         self._through(graph, places)
-        outputs = [places[id(tensor)] for tensor in graph._outputs]
-        last = len(self.units) - 1
-        call = self.units[last].call if self.units else None
-        if isinstance(call, _Call) and call.outputs == 1 and outputs == [(last, 0)]:
-            self.units[last] = replace(self.units[last], call=_Ending(call))
+        self._outputs = [places[id(tensor)] for tensor in graph._outputs]
+
+    def units(self) -> tuple[Unit, ...]:
+        """Those that the output depends on: symbolic calls leave masks behind that nobody reads."""
+        used = {unit for unit, _ in self._outputs}
+        for number in reversed(range(len(self._steps))):
+            if number in used:
+                used |= {unit for unit, _ in self._steps[number].sources.values()}
+        kept = sorted(used - {INPUT})
+        numbers = {old: new for new, old in enumerate(kept)} | {INPUT: INPUT}
+        units = [self._unit(self._steps[old], numbers) for old in kept]
+        outputs = [(numbers[unit], i) for unit, i in self._outputs]
+        call = units[-1].call if units else None
+        if isinstance(call, _Call) and call.outputs == 1 and outputs == [(len(units) - 1, 0)]:
+            units[-1] = replace(units[-1], call=_Ending(call))
         else:
             reads = tuple(dict.fromkeys(unit for unit, _ in outputs))
-            self.units.append(Unit(self._name("output"), reads, _Gather(self._root, reads, outputs)))
+            units.append(Unit(self._name("output"), reads, _Gather(self._root, reads, outputs)))
+        return tuple(units)
 
     def _through(self, graph: Any, places: dict[int, Place]) -> None:
         for depth in sorted(graph._nodes_by_depth, reverse=True):
             for node in graph._nodes_by_depth[depth]:
                 if node.is_input:
                     continue
-                inner = self._opens(node)
+                given = tree.flatten(node.arguments.args)
+                inner = self._opens(node, given)
                 if inner is None:
-                    self._add(node, places)
+                    self._steps.append(_Step(node, {id(tensor): places[id(tensor)] for tensor in node.input_tensors}))
+                    places |= {id(tensor): (len(self._steps) - 1, i) for i, tensor in enumerate(node.outputs)}
                 else:
-                    given = zip(inner._inputs, node.input_tensors, strict=True)
-                    within = {id(theirs): places[id(ours)] for theirs, ours in given}
+                    pairs = zip(inner._inputs, given, strict=True)
+                    within = {id(theirs): places[id(ours)] for theirs, ours in pairs}
                     self._through(inner, within)
-                    for ours, theirs in zip(node.outputs, inner._outputs, strict=True):
-                        places[id(ours)] = within[id(theirs)]
+                    pairs = zip(node.outputs, inner._outputs, strict=True)
+                    places |= {id(ours): within[id(theirs)] for ours, theirs in pairs}
 
-    def _opens(self, node: Any) -> Any:
+    def _opens(self, node: Any, given: Sequence[Any]) -> Any:
         """The graph inside, where it can take the place of the node."""
         if not isinstance(node.operation, self._opened):
             return None
         inner = _graph_of(node.operation)
-        others = [value for name, value in node.arguments.kwargs.items() if name != "training"]
-        if inner is None or len(node.arguments.args) != 1 or any(value is not None for value in others):
+        named = {name: value for name, value in node.arguments.kwargs.items() if name != "training"}
+        masks = named.pop("mask", None)
+        if inner is None or len(node.arguments.args) != 1 or any(value is not None for value in named.values()):
             return None
-        given = node.input_tensors
-        alike = len(given) == len(inner._inputs) and all(
-            ours.dtype == theirs.dtype and len(ours.shape) == len(theirs.shape)
-            for ours, theirs in zip(given, inner._inputs, strict=True)
-        )
-        return inner if alike and not isinstance(node.arguments.args[0], Mapping) else None
+        if isinstance(node.arguments.args[0], Mapping) or len(given) != len(inner._inputs):
+            return None
+        if masks is not None and any(
+            mask is not keras_backend.get_keras_mask(tensor)
+            for mask, tensor in zip(tree.flatten(masks), given, strict=True)
+        ):
+            return None  # others than the tensors bring along
+        alike = (t.dtype == i.dtype and len(t.shape) == len(i.shape) for t, i in zip(given, inner._inputs, strict=True))
+        return inner if all(alike) else None
 
-    def _add(self, node: Any, places: dict[int, Place]) -> None:
-        sources = {id(tensor): places[id(tensor)] for tensor in node.input_tensors}
+    def _unit(self, step: _Step, numbers: Mapping[int, int]) -> Unit:
+        sources = {key: (numbers[unit], i) for key, (unit, i) in step.sources.items()}
         reads = tuple(dict.fromkeys(unit for unit, _ in sources.values()))
-        operation = node.operation
-        loose = [v for v in tree.flatten((node.arguments.args, node.arguments.kwargs)) if isinstance(v, keras.Variable)]
+        arguments, operation = step.node.arguments, step.node.operation
+        loose = [v for v in tree.flatten((arguments.args, arguments.kwargs)) if isinstance(v, keras.Variable)]
         holds = ([operation] if isinstance(operation, keras.layers.Layer) else []) + loose
-        self.units.append(
-            Unit(self._name(operation.name), reads, _Call(self._root, node, reads, sources), tuple(holds))
-        )
-        for i, tensor in enumerate(node.outputs):
-            places[id(tensor)] = (len(self.units) - 1, i)
+        call = _Call(self._root, step.node, reads, sources)
+        return Unit(self._name(operation.name), reads, call, tuple(holds))
 
     def _name(self, name: str) -> str:
         while name in self._names:
