@@ -14,14 +14,13 @@ from keras import tree
 from keras.src import backend as keras_backend
 
 from hvdscale.errors import PlanError
-from hvdscale.keras.program import Program, Unit, marked, plain
+from hvdscale.keras.nodes import CallNode, Ending, Gather, Place
+from hvdscale.keras.program import Program, Unit
 from hvdscale.model.pipeline import INPUT
 
 __all__ = ["capture", "from_layers"]
 
 _FUNCTIONAL = keras.src.models.functional.Functional
-
-Place = tuple[int, int]  # a unit, and which of its outputs
 
 
 def from_layers(model: Any, sample: Any) -> Program:
@@ -146,11 +145,11 @@ class _Walk:
         units = [self._unit(self._steps[old], numbers) for old in kept]
         outputs = [(numbers[unit], i) for unit, i in self._outputs]
         call = units[-1].call if units else None
-        if isinstance(call, _Call) and call.outputs == 1 and outputs == [(len(units) - 1, 0)]:
-            units[-1] = replace(units[-1], call=_Ending(call))
+        if isinstance(call, CallNode) and call.outputs == 1 and outputs == [(len(units) - 1, 0)]:
+            units[-1] = replace(units[-1], call=Ending(call))
         else:
             reads = tuple(dict.fromkeys(unit for unit, _ in outputs))
-            units.append(Unit(self._name("output"), reads, _Gather(self._root, reads, outputs)))
+            units.append(Unit(self._name("output"), reads, Gather(self._root, reads, outputs)))
         return tuple(units)
 
     def _through(self, graph: Any, places: dict[int, Place]) -> None:
@@ -195,7 +194,7 @@ class _Walk:
         arguments, operation = step.node.arguments, step.node.operation
         loose = [v for v in tree.flatten((arguments.args, arguments.kwargs)) if isinstance(v, keras.Variable)]
         holds = ([operation] if isinstance(operation, keras.layers.Layer) else []) + loose
-        call = _Call(self._root, step.node, reads, sources)
+        call = CallNode(self._root, step.node, reads, sources)
         return Unit(self._name(operation.name), reads, call, tuple(holds))
 
     def _name(self, name: str) -> str:
@@ -203,64 +202,3 @@ class _Walk:
             name += "#"
         self._names.add(name)
         return name
-
-
-class _Picks:
-    """Finds tensors among the values of units that are read."""
-
-    def __init__(self, root: Any, reads: tuple[int, ...]) -> None:
-        self.root, self._reads = root, reads
-
-    def _picker(self, values: Sequence[Any]) -> Any:
-        given = dict(zip(self._reads, values, strict=True))
-        if INPUT in given:
-            x = given[INPUT]
-            inputs = self.root._standardize_inputs(x) if isinstance(self.root, _FUNCTIONAL) else tree.flatten(x)
-            given[INPUT] = [(tensor, None) for tensor in inputs]
-        return lambda place: plain(given[place[0]][place[1]])
-
-
-class _Call(_Picks):
-    """A node of the graph."""
-
-    def __init__(self, root: Any, node: Any, reads: tuple[int, ...], sources: Mapping[int, Place]) -> None:
-        super().__init__(root, reads)
-        self._node, self._sources = node, sources
-        self.outputs = len(node.outputs)
-
-    def __call__(self, training: bool, *values: Any) -> list[tuple[Any, Any]]:
-        return marked(self.tensors(training, values))
-
-    def tensors(self, training: bool, values: Sequence[Any]) -> list[Any]:
-        pick = self._picker(values)
-        args, kwargs = self._node.arguments.fill_in({key: pick(place) for key, place in self._sources.items()})
-        operation = self._node.operation
-        if "training" in getattr(operation, "_call_context_args", ()):
-            kwargs["training"] = training
-        return list(tree.flatten(operation(*args, **kwargs)))
-
-
-class _Ending:
-    """The last node, where it alone gives the model's output."""
-
-    def __init__(self, call: _Call) -> None:
-        self._call = call
-
-    def __call__(self, training: bool, *values: Any) -> Any:
-        return _packed(self._call.root, self._call.tensors(training, values))
-
-
-class _Gather(_Picks):
-    """The model's outputs, from where they lie."""
-
-    def __init__(self, root: Any, reads: tuple[int, ...], places: Sequence[Place]) -> None:
-        super().__init__(root, reads)
-        self._places = places
-
-    def __call__(self, training: bool, *values: Any) -> Any:
-        pick = self._picker(values)
-        return _packed(self.root, [pick(place) for place in self._places])
-
-
-def _packed(graph: Any, tensors: Sequence[Any]) -> Any:
-    return tree.pack_sequence_as(graph._outputs_struct, list(tensors))

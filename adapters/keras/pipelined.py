@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,14 +18,15 @@ from hvdscale.keras.lazy import give_up, give_value
 from hvdscale.keras.program import Program
 from hvdscale.keras.replicas import broadcast_variables, path_of
 from hvdscale.keras.sharded import ShardedModel, renumbered, unique_names
+from hvdscale.keras.survey import measure, readings
 from hvdscale.model.batch import cut
 from hvdscale.model.layout import Layout, Placement
 from hvdscale.model.mesh import Mesh
-from hvdscale.model.pipeline import INPUT, Pipeline
+from hvdscale.model.pipeline import Pipeline
 from hvdscale.model.simulate import Simulation
 from hvdscale.model.staging import Staging, refuse_together
 from hvdscale.model.steps import Steps, share_ties
-from hvdscale.model.survey import Cost, Reading, graph_of
+from hvdscale.model.survey import graph_of
 from hvdscale.runtime.agreement import Fingerprint, agree
 from hvdscale.runtime.transport import broadcast
 
@@ -35,7 +35,6 @@ __all__ = ["Pipelined", "shard_stages"]
 Loss = Callable[[Any, Any], Any]
 
 _MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
-_REPEATS = 3
 
 
 class Pipelined(ShardedModel):
@@ -150,12 +149,9 @@ def shard_stages(model: Any, mesh: Mesh, by: str, loss: Loss | None, staging: St
     agree(Fingerprint.of(tensors, facts), verbs.control(), "the model to be sharded")
     if sample is not None:
         sample = verbs.NESTS.select(sample, cut(max(verbs.NESTS.rows(sample), 1), staging.microbatches)[0])
-    readings = [
-        Reading(unit.name, unit.reads, {id(v): _bytes(v) for v in unit.variables if v.trainable})
-        for unit in program.units
-    ]
-    graph = graph_of(readings, ties, None if sample is None else lambda: _measure(program, sample), verbs.control())
-    pipeline = staging.plan(graph, mesh.pp, readings)
+    read = readings(program)
+    graph = graph_of(read, ties, None if sample is None else lambda: measure(program, sample), verbs.control())
+    pipeline = staging.plan(graph, mesh.pp, read)
     seed = keras.src.utils.rng_utils.get_random_seed() if staging.seed is None else staging.seed
     seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
     seed = int(broadcast(verbs.control(), str(seed).encode()))
@@ -216,40 +212,6 @@ def _held(program: Program, mine: Sequence[int], own: Sequence[Any], weights: Se
     layers = [it for it in tops if isinstance(it, keras.layers.Layer)]
     inside = {id(v) for layer in layers for v in layer.weights}
     return Held(layers, [v for v in own if id(v) not in inside], sharded)
-
-
-def _measure(program: Program, sample: Any) -> list[Cost]:
-    """Run the model unit by unit: three times the forward pass in seconds, and the bytes of what comes out."""
-    values: dict[int, Any] = {INPUT: sample}
-    costs = []
-    for number, unit in enumerate(program.units):
-        missing = [v for v in unit.variables if v._value is None]
-        initializers = [v._initializer for v in missing]
-        for variable in missing:
-            give_value(variable)
-
-        def run(given: dict[str, Any], number: int = number) -> Any:
-            inside = {int(node): value for node, value in given.items()}
-            program.run([number], inside, None)
-            return inside[number]
-
-        graph = verbs.compiled(run)
-        given = {str(node): values[node] for node in unit.reads}
-        times = []
-        for _ in range(1 + _REPEATS):
-            start = time.perf_counter()
-            values[number] = graph(given)
-            times.append(time.perf_counter() - start)
-        for variable, initializer in zip(missing, initializers, strict=True):
-            variable._value, variable._initializer = None, initializer
-        size = sum(_bytes(t) for t in tree.flatten(values[number]) if t is not None)
-        costs.append(Cost(3 * min(times[1:]), size, size))
-    return costs
-
-
-def _bytes(tensor: Any) -> int:
-    size = np.dtype(keras.backend.standardize_dtype(tensor.dtype)).itemsize
-    return int(np.prod(tensor.shape)) * size
 
 
 def _tensors(value: Any) -> Any:

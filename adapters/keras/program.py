@@ -12,7 +12,6 @@ import keras
 import numpy as np
 from keras.src import backend as keras_backend
 from keras.src.backend.common import global_state
-from keras.src.layers.layer import CallContext
 
 from hvdscale.errors import PlanError
 from hvdscale.keras.backend import verbs
@@ -20,7 +19,6 @@ from hvdscale.model.seeds import seed_of
 
 __all__ = ["Program", "Unit", "marked", "plain"]
 
-_CALL = "current_call_ctx"
 _GLOBAL_SEEDS = "global_seed_generator"
 
 
@@ -78,7 +76,7 @@ class Program:
     def run(self, nodes: Sequence[int], values: dict[int, Any], seeds: Any) -> None:
         """Add the outputs of units ``nodes`` to ``values``."""
         drawn = None if seeds is None else iter([seeds[i] for i in range(int(seeds.shape[0]))])
-        with _called(training=seeds is not None), _own_seeds():
+        with _own_seeds():
             for node in nodes:
                 unit = self.units[node]
                 if drawn is not None:
@@ -112,19 +110,6 @@ def plain(value: tuple[Any, Any]) -> Any:
     if mask is not None:
         keras_backend.set_keras_mask(tensor, mask)
     return tensor
-
-
-@contextmanager
-def _called(training: bool) -> Iterator[None]:
-    """As inside the call of a model: layers within layers, and those without the argument, know whether it learns."""
-    before = global_state.get_global_attribute(_CALL)
-    context = CallContext(entry_layer=None)
-    context.set_value("training", training)
-    global_state.set_global_attribute(_CALL, context)
-    try:
-        yield
-    finally:
-        global_state.set_global_attribute(_CALL, before)
 
 
 @contextmanager

@@ -203,12 +203,12 @@ def test_copies_train_on_their_own_data(driver: Any, rank: int, size: int) -> No
     whole, mine = fresh("tied"), fresh("tied")
     mine.set_weights([w * (rank + 1) for w in mine.get_weights()])
     sharded = shard("tied", size, mine, mesh=hvd.Mesh(dp=size), microbatches=2)
-    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), model=sharded)
     x, y = tokens()
     rows = SAMPLES // size
     own = slice(rank * rows, (rank + 1) * rows)
     _, expected = alone(MODELS["tied"], whole, x[: rows * size], y[: rows * size], size, program_of(sharded))
     _, found = sharded.train_step(x[own], y[own])
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), model=sharded)
     optimizer.apply(found, sharded.trainable_variables)
     plain = keras.optimizers.SGD(0.1)
     plain.apply([ops.convert_to_tensor(g) for g in expected], whole.trainable_variables)
