@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from hvdscale.data import ShardPlan, add_sums
 from hvdscale.errors import PlanError, StateError
 from tests.contract.data import all_numbers, batches_of, everyones, one_pass
 from tests.contract.driver import ContractDriver
+from tests.core.real_text import document_lengths
 
 N = 120
 NAMES = ("BalancedPlan", "ShardPlan", "ShardStream", "pack", "shard_dataset", "split", "verify_epoch")
@@ -107,6 +109,47 @@ def test_exactly_once_over_epochs_and_stops_with_other_numbers_of_shards(
     for epoch in range(plan.first_epoch, end):
         sums = everyones(driver, [str(loader.feed.reader.certificate(epoch)) for loader in loaders.values()])
         assert add_sums(map(int, itertools.chain(*sums))) == plan.certificate()
+
+
+def test_ranks_finish_together_on_real_documents(driver: ContractDriver, hvd: Any, rank: int, size: int) -> None:
+    lengths, quadratic, batch_size = np.minimum(document_lengths(), 16384), 1 / 4608, 16  # a width of 768
+    plain = hvd.ShardPlan(len(lengths), size, seed=1, tail="drop")
+    worst = {}
+    for name, plan in (("plain", plain), ("balanced", hvd.BalancedPlan(plain, lengths, quadratic=quadratic))):
+        loader, costs = hvd.shard_dataset(np.arange(len(lengths)), plan, batch_size), []
+        for _, numbers in one_pass(loader):
+            costs.append(float((lengths[numbers] + quadratic * lengths[numbers] ** 2).sum()))
+        hvd.verify_epoch(loader)
+        steps = np.array(everyones(driver, costs))  # [ranks, steps]
+        worst[name] = float((steps.max(0) / steps.mean(0)).max())
+    assert worst["balanced"] <= 1.05
+    assert worst["plain"] > 1.3 or size == 1
+
+
+def test_packed_blocks_are_read_whole(driver: ContractDriver, hvd: Any, rank: int, size: int) -> None:
+    lengths = document_lengths()[:400]
+    packing, tokens = hvd.pack(lengths, 8192), np.arange(lengths.sum())
+    assert packing.report().waste <= 0.02
+    assert len(set(everyones(driver, packing.digest))) == 1
+    loader = hvd.shard_dataset(np.arange(len(packing)), hvd.ShardPlan(len(packing), size, seed=1), 4)
+    blocks = [packing.read(tokens, numbers, padding=-1) for _, numbers in one_pass(loader)]
+    read = np.concatenate([block[block >= 0] for block in blocks])
+    counted, total = np.array(everyones(driver, [len(read), int(read.sum())])).sum(0)
+    assert (counted, total) == (len(tokens), tokens.sum())
+    hvd.verify_epoch(loader)
+
+
+def test_splits_and_even_shards_are_the_same_on_all_ranks(driver: ContractDriver, hvd: Any, size: int) -> None:
+    documents = [f"document {i // 4}" for i in range(N)]
+    train, held_out = hvd.split(documents, (0.8, 0.2), salt="a")
+    assert len({json.dumps(each) for each in everyones(driver, [train.tolist(), held_out.tolist()])}) == 1
+    plan = hvd.ShardPlan(N, size, "hash", keys=documents, even=True)
+    loader = hvd.shard_dataset(np.arange(N), plan, 8)
+    mine = read_epoch(loader)
+    assert len(mine) <= N // size + 4, "a document is not divided"
+    hvd.verify_epoch(loader)
+    of_ranks = [{documents[number] for number in numbers} for numbers in everyones(driver, [int(n) for n in mine])]
+    assert sum(map(len, of_ranks)) == len(set(documents)), "equal keys share a rank"
 
 
 def test_an_epoch_that_is_not_over_is_not_verified(hvd: Any, size: int) -> None:

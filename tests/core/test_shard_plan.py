@@ -54,6 +54,16 @@ def test_more_shards_than_samples_is_a_partition_too(policy: str) -> None:
             assert_partition(ShardPlan(n, shards, policy, seed=1), epoch=0)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("n", [0, 1, 65_534, 65_535, 200_001])
+def test_as_many_shards_as_there_may_be_are_a_partition_too(policy: str, n: int) -> None:
+    plan = ShardPlan(n, 65_535, policy, seed=1)
+    owners = plan.owner(np.arange(n), epoch=1)
+    assert np.array_equal(np.bincount(owners, minlength=65_535), plan.sizes(epoch=1))
+    for shard in (0, 1, 65_534):
+        assert sorted(plan.indices(shard, epoch=1)) == np.flatnonzero(owners == shard).tolist()
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     n=st.integers(0, 3000),

@@ -77,7 +77,8 @@ def test_every_sample_of_every_epoch_is_read_once(data: st.DataObject, policy: s
     keyed = policy == "hash" and tail != "drop" and data.draw(st.booleans(), "keys")
     keys = [f"key {i % 40}" for i in range(n)] if keyed else None
     shards, weights = share()
-    plan = ShardPlan(n, shards, policy, seed=3, tail=tail, keys=keys, weights=weights)
+    even = keyed and data.draw(st.booleans(), "even")
+    plan = ShardPlan(n, shards, policy, seed=3, tail=tail, keys=keys, weights=weights, even=even)
     run = Run(plan, data.draw(st.integers(1, largest), "batch"), keys)
     for _ in range(data.draw(st.integers(1, 4), "stops")):
         if data.draw(st.booleans(), "resized"):
