@@ -86,7 +86,7 @@ class TestPlans:
         first = numbers(itertools.islice(loader, 3))
         assert first + numbers(loader) == plan.indices(rank).tolist()
 
-    @pytest.mark.parametrize("other", [-1, 0, 3])
+    @pytest.mark.parametrize("other", [-1, 3])
     def test_exactly_once_over_a_stop_of_ranks_that_got_differently_far(
         self, driver: ContractDriver, rank: int, size: int, policy: str, workers: int, other: int
     ) -> None:
