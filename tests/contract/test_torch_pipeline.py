@@ -258,6 +258,60 @@ def test_copies_of_a_pipeline_train_on_their_own_data(rank: int, size: int) -> N
     check_state(sharded, whole, 1e-5)
 
 
+ALONG_DATA: dict[str, Any] = {
+    "LocalSGD": hvd.LocalSGD(2),
+    "warm-up, overlap": hvd.LocalSGD(3, warmup=2, fragments=2, overlap=1),
+    "server": hvd.ParameterServer(0, every=2),
+}
+
+
+@pytest.mark.parametrize("plan", ALONG_DATA)
+def test_copies_of_a_pipeline_meet_in_rounds(rank: int, size: int, plan: str) -> None:
+    """dp = 2: each copy trains on its own data, and each stage meets its twin; a shared weight stays one."""
+    if size % 2:
+        return
+    mesh = hvd.Mesh(dp=2, pp=size // 2)
+    model = MODELS["tied"]
+    sharded = hvd.shard_model(fresh("tied"), mesh, loss=model.loss, microbatches=2, seed=SEED)
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(sharded.parameters(), 0.1, momentum=0.5), model=sharded, sync=ALONG_DATA[plan]
+    )
+    wholes = [fresh("tied") for _ in range(2)]
+    plain_optimizers = [torch.optim.SGD(whole.parameters(), 0.1, momentum=0.5) for whole in wholes]
+    x, y = tokens(6)
+    rows = (slice(0, 8), slice(6, SAMPLES))
+    dp = mesh.coordinates(rank).dp
+    for step in range(1, 5):
+        optimizer.zero_grad()
+        sharded.train_step(x[rows[dp]], y[rows[dp]])
+        optimizer.step()
+        for whole, plain_optimizer, mine in zip(wholes, plain_optimizers, rows, strict=True):
+            plain_optimizer.zero_grad()
+            model.loss(whole(x[mine]), y[mine]).backward()
+        if plan == "warm-up, overlap" and step <= 2:
+            for one, other in zip(wholes[0].parameters(), wholes[1].parameters(), strict=True):
+                one.grad = other.grad = (one.grad + other.grad) / 2
+        for plain_optimizer in plain_optimizers:
+            plain_optimizer.step()
+        if plan != "warm-up, overlap" and step % 2 == 0:
+            average(wholes)
+    if plan == "warm-up, overlap":
+        optimizer.sync.flush()
+        average(wholes)
+    check_state(sharded, wholes[0], 1e-5)
+    optimizer.sync.flush()
+    assert optimizer.sync.metrics()["rounds"] >= 2
+    assert set(optimizer.sync.outer_weights()) == {name for name, _ in sharded.named_parameters()}
+
+
+@torch.no_grad()
+def average(models: list[nn.Module]) -> None:
+    for parameters in zip(*(model.parameters() for model in models), strict=True):
+        mean = sum(parameters) / len(models)
+        for parameter in parameters:
+            parameter.copy_(mean)
+
+
 def test_the_random_state_of_the_script_is_left_alone(size: int) -> None:
     before = torch.get_rng_state()
     sharded = shard("drawn", size, fresh("drawn"), microbatches=2)

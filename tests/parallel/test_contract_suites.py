@@ -31,6 +31,9 @@ class Part(Enum):
     EXCHANGES = f"(training or collectives or broadcast or desync or agree or differ) and {_GRADIENTS_ONLY}"
     PROCESS_SETS = "process_set"  # on 3 ranks the set of the even ones has two members, and one rank is outside
     GRADIENTS_AND_ROUNDS = _GRADIENTS_ONLY
+    # Two copies of a pipeline of two stages are four ranks.
+    ON_FOUR_RANKS = f"({_GRADIENTS_ONLY}) or meet_in_rounds"
+    WITH_UPDATES = "not (asynchronous or pipeline or features)"
     # One process differs in how steps are made, too.
     ALONE = f"(training or optimizer or collectives or broadcast) and {_GRADIENTS_ONLY}"
 
@@ -40,8 +43,8 @@ TABLE = [
     (TORCH, "mpirun", 2, Part.EVERYTHING),
     (TORCH, "horovodrun", 2, Part.EXCHANGES),
     (TORCH, "horovodrun-gloo", 2, Part.EXCHANGES),
-    (TORCH, "mpirun", 4, Part.GRADIENTS_AND_ROUNDS),
-    (TORCH, "alone", 1, Part.GRADIENTS_AND_ROUNDS),
+    (TORCH, "mpirun", 4, Part.ON_FOUR_RANKS),
+    (TORCH, "alone", 1, Part.WITH_UPDATES),
     (TENSORFLOW, "mpirun", 2, Part.EVERYTHING),
     (TENSORFLOW, "mpirun", 3, Part.PROCESS_SETS),
     (TENSORFLOW, "horovodrun", 2, Part.EXCHANGES),
