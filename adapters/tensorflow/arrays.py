@@ -18,9 +18,15 @@ class Layout:
 
     Args:
         signature: ``tf.TensorSpec`` of a batch, in tuples and dictionaries.
+
+    Raises:
+        PlanError: it is something else.
     """
 
     def __init__(self, signature: Any) -> None:
+        specs = tf.nest.flatten(signature)
+        if not specs or not all(isinstance(spec, tf.TensorSpec) for spec in specs):
+            raise PlanError(f"signature is tf.TensorSpec, in tuples and dictionaries; it is {signature!r:.80}.")
         self.signature = signature
         self.types = [spec.dtype for spec in tf.nest.flatten(signature)]
 

@@ -62,7 +62,7 @@ def shard_dataset(
     instance("plan", plan, ShardPlan, BalancedPlan, ShardStream)
     integer("batch_size", batch_size, 1)
     integer("workers", workers, 0)
-    integer("prefetch", prefetch, 0)
+    prefetch = integer("prefetch", prefetch, 0, 2**31 - 1)
     mine = shard
     if mine is None:  # a given shard needs no init()
         here = world()

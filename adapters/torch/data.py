@@ -68,6 +68,8 @@ def shard_dataset(
         raise PlanError(
             f"Workers prefetch, and there are none; prefetch is {prefetch!r}. Give workers, or leave it out."
         )
+    if persistent_workers and not workers:
+        raise PlanError("Workers persist, and there are none. Give workers, or leave persistent_workers out.")
     taken = sorted(set(options) & set(_OURS))
     if taken:
         raise PlanError(f"The plan decides on {', '.join(taken)}: leave it out (workers and prefetch have own names).")

@@ -41,6 +41,7 @@ class ShardedBatchSampler(Sampler[list[int]]):
     def __init__(
         self, plan: ShardPlan | BalancedPlan, batch_size: int, *, shard: int | None = None, epoch: int | None = None
     ) -> None:
+        checks.instance("plan", plan, ShardPlan, BalancedPlan)
         self.plan = plan
         self.feed = Feed(plan, own_shard(shard, plan.shards), batch_size, epoch)
 

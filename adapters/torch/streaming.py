@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from hvdscale.data import ShardStream
-from hvdscale.data.checks import function
+from hvdscale.data.checks import function, instance
 from hvdscale.errors import PlanError
 from hvdscale.torch.samplers import own_shard
 
@@ -41,10 +41,11 @@ class ShardedIterable(IterableDataset[Any]):
         shard: int | None = None,
         collate: Callable[[list[Any]], Any] | None = None,
     ) -> None:
+        instance("stream", stream, ShardStream)
+        function("collate", collate)
         self.source, self.stream, self.batch_size = source, stream, batch_size
         self.shard = own_shard(shard, stream.shards)
         self.after: Mapping[str, Any] | None = None
-        function("collate", collate)
         self._collate = collate or default_collate
         self._state: Mapping[str, Any] = stream.reader(source, self.shard, batch_size).state_dict()
 

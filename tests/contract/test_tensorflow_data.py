@@ -206,3 +206,9 @@ def test_an_iterator_that_was_overtaken_is_refused(size: int) -> None:
     next(new)
     with pytest.raises(tf.errors.OpError, match="has been iterated again since"):
         next(old)
+
+
+@pytest.mark.parametrize("signature", [3, [], (tf.TensorSpec([None]), "x")])
+def test_a_signature_is_of_tensors(size: int, signature: Any) -> None:
+    with pytest.raises(hvd.PlanError, match=r"signature is tf\.TensorSpec"):
+        hvd.shard_dataset(np.arange(N), hvd.ShardPlan(N, size), 4, signature=signature)

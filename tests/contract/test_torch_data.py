@@ -319,6 +319,12 @@ class TestPlainLoaders:
             lambda k: hvd.shard_dataset(np.arange(N), hvd.ShardPlan(N, k), 8, prefetch=4),
             "prefetch is 4. Give workers",
         ),
+        (
+            lambda k: hvd.shard_dataset(np.arange(N), hvd.ShardPlan(N, k), 8, persistent_workers=True),
+            "Workers persist, and there are none",
+        ),
+        (lambda k: hvd.ShardedBatchSampler(k, 8), "plan is a ShardPlan or BalancedPlan"),
+        (lambda k: hvd.ShardedIterable(records, k, 8), "stream is a ShardStream"),
         (lambda k: hvd.shard_dataset([1, 2], stream("ordered", k), 8), r"source is a function .* it is \[1, 2\]"),
         (lambda k: hvd.shard_dataset(records, stream("ordered", k + 2), 8), "shards and the job"),
         (lambda k: hvd.shard_dataset(records, stream("ordered", k), 8, epoch=1), "A stream has its epoch in itself"),
