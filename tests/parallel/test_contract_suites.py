@@ -70,5 +70,5 @@ def _name(value: object) -> str:
 @pytest.mark.parametrize(("env", "launcher", "ranks", "part"), TABLE, ids=_name)
 def test_contract(env: dict[str, str], launcher: str, ranks: int, part: Part) -> None:
     suite = ["-m", "pytest", "tests/contract", "-q", "--color=no", "-p", "no:cacheprovider", "-k", part.value]
-    output = launch(suite, ranks=ranks, launcher=launcher, env=env, deadline_seconds=1200).check()
+    output = launch(suite, ranks=ranks, launcher=launcher, env=env, deadline_seconds=1800).check()
     assert len(re.findall(r"\d+ passed", output)) == ranks, output
