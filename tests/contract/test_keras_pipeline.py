@@ -93,8 +93,8 @@ def test_loss_and_gradients_are_those_of_one_process(
     assert len(sharded.measured().events) == size
 
 
-def test_one_micro_batch_is_bit_equal(driver: Any, size: int) -> None:
-    """Neither cutting nor sending changes a bit."""
+def test_one_micro_batch_is_as_the_whole(driver: Any, size: int) -> None:
+    """Neither cutting nor sending changes more than the order of a sum."""
     whole = fresh("tied")
     sharded = shard("tied", size, microbatches=1)
     loss, expected = alone(MODELS["tied"], whole, *tokens(), 1, program_of(sharded))
