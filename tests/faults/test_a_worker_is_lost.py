@@ -102,7 +102,7 @@ def test_with_continue_the_others_go_on(body: str, capsys: pytest.CaptureFixture
     deeds = {3: KILLED, 2: 'raise ValueError("broken on purpose")'}
     finished = run(body, deeds, "continue", capsys, ranks=4)
     assert finished.returncode == 0, finished.output
-    ends = re.findall(r"rank (\d) finished with 2 lost, weights (\S+)", finished.output)
+    ends = re.findall(r"rank (\d) finished with 2 lost, weights (-?\d+\.\d{6})", finished.output)
     assert sorted(rank for rank, _ in ends) == ["0", "1"], finished.output
     assert len({weights for _, weights in ends}) == 1
     assert finished.output.count("[rank 2] left the job, which goes on") == 1, finished.output
