@@ -35,6 +35,7 @@ from hvdscale.keras.sharded import ShardedModel, unique_names
 from hvdscale.model.layout import Layout, Placement, Split
 from hvdscale.model.mesh import Mesh
 from hvdscale.model.rules import Rules, check_rules
+from hvdscale.model.ways import share_line
 from hvdscale.runtime.agreement import Fingerprint, agree
 from hvdscale.runtime.team import Team
 
@@ -79,7 +80,7 @@ class FeatureSharded(ShardedModel):
                 rows.append((owner, role, name, str(list(self.layout[name].shape)), str(list(here))))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        share = f"{held:,} of {whole:,} parameters on rank {self._rank}: {held / whole:.3f}, with tp={self.mesh.tp}"
+        share = f"{share_line(held, whole, self._rank)}, with tp={self.mesh.tp}"
         return "\n".join([*lines, share])
 
 

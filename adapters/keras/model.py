@@ -16,6 +16,7 @@ from hvdscale.model.mesh import Mesh
 from hvdscale.model.partition import Objective
 from hvdscale.model.rules import Rules
 from hvdscale.model.staging import Staging
+from hvdscale.model.ways import check_way
 
 __all__ = ["shard_model"]
 
@@ -77,16 +78,11 @@ def shard_model(
             nothing, a loss that is not a mean, a layer that cannot be split so. On every rank.
         DesyncError: ranks hold different models.
     """
-    if not isinstance(mesh, Mesh):
-        raise PlanError(f"mesh is a Mesh, such as hvd.Mesh(dp=2, tp=2); it is {mesh!r}.")
-    if by not in ("layers", "graph", "features"):
-        raise PlanError(f"by is 'layers', 'graph' or 'features'; it is {by!r}.")
+    check_way(mesh, by, rules)
     if by == "features":
         if not isinstance(model, keras.Model):
             raise PlanError(f"model is a keras.Model; it is a {type(model).__name__}.")
         return shard_features(model, mesh, rules, _of_outputs_first(loss))
-    if rules != "auto":
-        raise PlanError(f"rules say how features are split; by={by!r} makes stages of whole layers. Leave them out.")
     staging = Staging(microbatches, schedule, chunks, recompute, balance, sample, memory_cap, count=count, seed=seed)
     return shard_stages(model, mesh, by, _of_outputs_first(loss), staging)
 

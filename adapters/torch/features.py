@@ -17,6 +17,7 @@ from hvdscale.errors import DesyncError, PlanError
 from hvdscale.model.layout import Layout, Placement, Split
 from hvdscale.model.mesh import Mesh
 from hvdscale.model.rules import Rules, check_rules
+from hvdscale.model.ways import share_line
 from hvdscale.runtime.agreement import Fingerprint, agree
 from hvdscale.runtime.team import Team
 from hvdscale.torch.broadcast import broadcast_parameters
@@ -78,7 +79,7 @@ class FeatureSharded(ShardedModel):
                 rows.append((name, role, str(list(self.layout[weights[0]].shape)), str(list(here))))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        share = f"{held:,} of {whole:,} parameters on rank {self._rank}: {held / whole:.3f}, with tp={self.mesh.tp}"
+        share = f"{share_line(held, whole, self._rank)}, with tp={self.mesh.tp}"
         return "\n".join([*lines, share])
 
 

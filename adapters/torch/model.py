@@ -12,6 +12,7 @@ from hvdscale.model.mesh import Mesh
 from hvdscale.model.partition import Objective
 from hvdscale.model.rules import Rules
 from hvdscale.model.staging import Staging
+from hvdscale.model.ways import check_way
 from hvdscale.torch.features import shard_features
 from hvdscale.torch.lazy import Lazy
 from hvdscale.torch.pipelined import shard_stages
@@ -81,16 +82,11 @@ def shard_model(
             nothing, a loss that is not a mean, a layer that cannot be split so. On every rank.
         DesyncError: ranks hold different models.
     """
-    if not isinstance(mesh, Mesh):
-        raise PlanError(f"mesh is a Mesh, such as hvd.Mesh(dp=2, tp=2); it is {mesh!r}.")
+    check_way(mesh, by, rules)
     if by == "features":
         if not isinstance(model, nn.Module):
             raise PlanError(f"model is an nn.Module; it is a {type(model).__name__}.")
         return shard_features(model, mesh, rules, loss)
-    if by not in ("layers", "graph"):
-        raise PlanError(f"by is 'layers', 'graph' or 'features'; it is {by!r}.")
-    if rules != "auto":
-        raise PlanError(f"rules say how features are split; by={by!r} makes stages of whole layers. Leave them out.")
     staging = Staging(
         microbatches, schedule, chunks, recompute, balance, sample, memory_cap, tuple(whole), tuple(ties), count, seed
     )

@@ -17,6 +17,7 @@ from hvdscale.model.simulate import Simulation
 from hvdscale.model.staging import Staging, refuse_together
 from hvdscale.model.steps import Steps, share_ties
 from hvdscale.model.survey import graph_of
+from hvdscale.model.ways import share_line
 from hvdscale.runtime.agreement import Fingerprint, agree
 from hvdscale.runtime.post import Post
 from hvdscale.runtime.transport import broadcast
@@ -124,8 +125,7 @@ class Pipelined(ShardedModel):
 
     def describe(self) -> str:
         whole, held = self.count()
-        lines = [self.pipeline.describe()]
-        lines.append(f"{held:,} of {whole:,} parameters on rank {self._rank}: {held / max(whole, 1):.3f}")
+        lines = [self.pipeline.describe(), share_line(held, whole, self._rank)]
         return "\n".join([*lines, *([self._note] if self._note else [])])
 
     @contextmanager

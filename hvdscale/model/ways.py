@@ -1,0 +1,32 @@
+"""The ways to shard a model: what every adapter's ``shard_model`` refuses alike, and what every sharded model says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hvdscale.errors import PlanError
+from hvdscale.model.mesh import Mesh
+from hvdscale.model.rules import Rules
+
+__all__ = ["check_way", "share_line"]
+
+_WAYS = ("layers", "graph", "features")
+
+
+def check_way(mesh: Any, by: Any, rules: Rules) -> None:
+    """Refuse what is no mesh, a way there is not, and rules of features for stages.
+
+    Raises:
+        PlanError: on this rank.
+    """
+    if not isinstance(mesh, Mesh):
+        raise PlanError(f"mesh is a Mesh, such as hvd.Mesh(dp=2, tp=2); it is {mesh!r}.")
+    if by not in _WAYS:
+        raise PlanError(f"by is 'layers', 'graph' or 'features'; it is {by!r}.")
+    if by != "features" and rules != "auto":
+        raise PlanError(f"rules say how features are split; by={by!r} makes stages of whole layers. Leave them out.")
+
+
+def share_line(held: int, whole: int, rank: int) -> str:
+    """How many of the model's parameters are on this rank, for ``describe()``."""
+    return f"{held:,} of {whole:,} parameters on rank {rank}: {held / max(whole, 1):.3f}"
