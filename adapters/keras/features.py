@@ -71,16 +71,16 @@ class FeatureSharded(ShardedModel):
 
     def describe(self) -> str:
         whole, held = self.count()
-        rows = [("layer", "role", "variable", "whole", f"rank {self._rank}")]
+        rows = [("layer", "role", "variable", "whole", f"rank {self.rank}")]
         for name in self.layout.names:
             if self.layout[name].split is not None:
                 owner = max((p for p in self._parts if f"/{p}/" in f"/{name}"), key=len, default="")
-                here = self.layout.local_shape(name, self._rank)
+                here = self.layout.local_shape(name, self.rank)
                 role = self._parts[owner].role if owner else ""
                 rows.append((owner, role, name, str(list(self.layout[name].shape)), str(list(here))))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        share = f"{share_line(held, whole, self._rank)}, with tp={self.mesh.tp}"
+        share = f"{share_line(held, whole, self.rank)}, with tp={self.mesh.tp}"
         return "\n".join([*lines, share])
 
 

@@ -115,7 +115,7 @@ class Pipelined(ShardedModel):
 
     def describe(self) -> str:
         whole, held = self.count()
-        lines = [self.pipeline.describe(), share_line(held, whole, self._rank)]
+        lines = [self.pipeline.describe(), share_line(held, whole, self.rank)]
         return "\n".join([*lines, *([self._note] if self._note else [])])
 
 

@@ -13,6 +13,7 @@ from keras import ops
 
 from hvdscale.errors import PlanError
 from hvdscale.keras.backend import verbs
+from hvdscale.keras.optimizer_state import load_optimizer, save_optimizer
 from hvdscale.model.layout import Layout
 from hvdscale.model.mesh import Mesh
 from hvdscale.model.whole import gather_whole
@@ -30,6 +31,7 @@ class ShardedModel(ABC):
         layout: where each variable of the whole model lies; names are the variables' paths.
         model: what this rank holds.
         data_ranks: the process set of the ranks that hold the same part as this one, on other data.
+        rank: this one's number.
     """
 
     def __init__(self, mesh: Mesh, layout: Layout, model: Any, local: Mapping[str, Any]) -> None:
@@ -41,7 +43,7 @@ class ShardedModel(ABC):
         self._local = dict(local)
         self._names = {id(variable): name for name, variable in self._local.items()}
         self._copy = verbs.team_along(mesh, "pp", "tp")  # the ranks that hold one whole model
-        self._rank = verbs.world().rank
+        self.rank = verbs.world().rank
 
     @abstractmethod
     def train_step(self, x: Any, y: Any) -> tuple[Any, list[Any]]:
@@ -60,10 +62,14 @@ class ShardedModel(ABC):
         """This rank's: what its optimizer takes."""
         return list(self.model.trainable_variables)
 
+    def name_of(self, variable: Any) -> str | None:
+        """The whole model's name of a variable; ``None`` where it is none of this rank's."""
+        return self._names.get(id(variable))
+
     def speaks(self, variable: Any) -> bool:
         """Whether this rank's part of a variable counts where the whole model's are added up."""
-        name = self._names.get(id(variable))
-        return name is not None and self.layout.speaks(name, self._rank)
+        name = self.name_of(variable)
+        return name is not None and self.layout.speaks(name, self.rank)
 
     def state_dict(self, root: int | None = None) -> dict[str, np.ndarray]:
         """The whole model's variables by path, as they were before it was sharded, bit-equal. Collective.
@@ -86,10 +92,19 @@ class ShardedModel(ABC):
                 own = (
                     np.empty(0, dtype) if variable is None else np.asarray(ops.convert_to_numpy(variable)).astype(dtype)
                 )
-                joined = gather_whole(self.layout, name, own, self._copy, self._rank, root)
+                joined = self.join(name, own, root)
                 if joined is not None:
                     whole[name] = np.array(joined)
         return whole
+
+    def join(self, name: str, own: np.ndarray, root: int | None = None) -> np.ndarray | None:
+        """A whole variable, or what is kept beside one, from its parts. Collective over the ranks of one copy.
+
+        Args:
+            own: this rank's part; empty where it has none.
+            root: the one rank that gets it; others get ``None``.
+        """
+        return gather_whole(self.layout, name, own, self._copy, self.rank, root)
 
     def load_state_dict(self, whole: Mapping[str, Any]) -> None:
         """Take this rank's part of the whole model, in place. Nothing is sent: every rank reads the same state.
@@ -106,7 +121,36 @@ class ShardedModel(ABC):
         self.layout.check_names(whole)
         with verbs.eager():
             for name, variable in self._local.items():
-                variable.assign(self.layout.cut(name, np.asarray(whole[name]), self._rank))
+                variable.assign(self.layout.cut(name, np.asarray(whole[name]), self.rank))
+
+    def optimizer_state_dict(self, optimizer: Any, root: int | None = None) -> dict[str, np.ndarray]:
+        """``optimizer.variables`` as they would be over the whole model, by path, bit-equal. Collective.
+
+        One process takes them, after ``optimizer.build(model.trainable_variables)``, by
+        ``for v, value in zip(optimizer.variables, state.values()): v.assign(value)``.
+
+        Args:
+            optimizer: over this rank's ``trainable_variables``, distributed or not; it is built if it is not yet.
+            root: the one rank that gets it; others get ``{}``.
+
+        Raises:
+            StateError: variables of another model.
+            PlanError: no such rank.
+        """
+        if root is not None:
+            self.mesh.coordinates(root)
+        return save_optimizer(self, optimizer, root)
+
+    def load_optimizer_state_dict(self, optimizer: Any, whole: Mapping[str, Any]) -> None:
+        """Take this rank's part of what ``optimizer_state_dict`` gave on any mesh. Collective.
+
+        Or of what one process saved: ``{v.path: ops.convert_to_numpy(v) for v in optimizer.variables}``. The order
+        counts, since paths hold the counters that Keras puts behind names.
+
+        Raises:
+            StateError: variables of another model, or another number or other shapes of state.
+        """
+        load_optimizer(self, optimizer, whole)
 
     def count(self) -> tuple[int, int]:
         """How many numbers the whole model's trainable variables are, and how many of them this rank holds."""

@@ -70,16 +70,16 @@ class FeatureSharded(ShardedModel):
 
     def describe(self) -> str:
         whole, held = self.count()
-        rows = [("layer", "role", "whole", f"rank {self._rank}")]
+        rows = [("layer", "role", "whole", f"rank {self.rank}")]
         for name, part in self._parts.items():
             weights = [n for n in self.layout.names if n.rpartition(".")[0] == name and self.layout[n].split]
             if weights:
-                here = self.layout.local_shape(weights[0], self._rank)
+                here = self.layout.local_shape(weights[0], self.rank)
                 role = "heads" if part.heads or part.role == "attention" else part.role
                 rows.append((name, role, str(list(self.layout[weights[0]].shape)), str(list(here))))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        share = f"{share_line(held, whole, self._rank)}, with tp={self.mesh.tp}"
+        share = f"{share_line(held, whole, self.rank)}, with tp={self.mesh.tp}"
         return "\n".join([*lines, share])
 
 

@@ -125,7 +125,7 @@ class Pipelined(ShardedModel):
 
     def describe(self) -> str:
         whole, held = self.count()
-        lines = [self.pipeline.describe(), share_line(held, whole, self._rank)]
+        lines = [self.pipeline.describe(), share_line(held, whole, self.rank)]
         return "\n".join([*lines, *([self._note] if self._note else [])])
 
     @contextmanager
@@ -137,7 +137,7 @@ class Pipelined(ShardedModel):
     def _stages_of_parameters(self) -> dict[int, set[int]]:
         """For each parameter here, by ``id``, the stages here that use it."""
         used: dict[int, set[int]] = {}
-        for stage in self.pipeline.stages_of(self.mesh.coordinates(self._rank).pp):
+        for stage in self.pipeline.stages_of(self.mesh.coordinates(self.rank).pp):
             for node in self.pipeline.part.parts[stage]:
                 for tensor in self._program.tensors(self._program.units[node]).values():
                     used.setdefault(id(tensor), set()).add(stage)

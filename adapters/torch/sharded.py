@@ -17,6 +17,7 @@ from hvdscale.errors import PlanError, StateError
 from hvdscale.model.layout import Layout
 from hvdscale.model.mesh import Mesh
 from hvdscale.model.whole import gather_whole
+from hvdscale.torch.optimizer_state import load_optimizer, save_optimizer
 from hvdscale.torch.runtime import world
 from hvdscale.torch.teams import data_ranks, team_along
 from hvdscale.torch.tensor_parallel import exchanged
@@ -35,6 +36,7 @@ class ShardedModel(ABC):
         layout: where each parameter and buffer of the whole model lies.
         module: what this rank holds.
         data_ranks: the process set of the ranks that hold the same part as this one, on other data.
+        rank: this one's number.
     """
 
     def __init__(self, mesh: Mesh, layout: Layout, module: nn.Module, local: Mapping[str, Tensor]) -> None:
@@ -45,7 +47,7 @@ class ShardedModel(ABC):
         self.data_ranks: ProcessSet = data_ranks(mesh)
         self._local = dict(local)
         self._copy = team_along(mesh, "pp", "tp")  # the ranks that hold one whole model
-        self._rank = world().rank
+        self.rank = world().rank
 
     @abstractmethod
     def train_step(self, x: Any, y: Any) -> Tensor:
@@ -109,14 +111,24 @@ class ShardedModel(ABC):
         """
         if root is not None:
             self.mesh.coordinates(root)
-        joined = {name: self._join(name, self._local.get(name), root) for name in self.layout.names}
+        joined = {name: self.join(name, self._local.get(name), root) for name in self.layout.names}
         return {name: tensor for name, tensor in joined.items() if tensor is not None}
 
-    def _join(self, name: str, tensor: Tensor | None, root: int | None) -> Tensor | None:
-        dtype: torch.dtype = getattr(torch, self.layout[name].dtype) if tensor is None else tensor.dtype
+    def join(
+        self, name: str, tensor: Tensor | None, root: int | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor | None:
+        """A whole parameter, or what is kept beside one, from its parts. Collective over the ranks of one copy.
+
+        Args:
+            tensor: this rank's part; ``None`` where it has none.
+            root: the one rank that gets it; others get ``None``.
+            dtype: left out: the parameter's.
+        """
+        if dtype is None:
+            dtype = getattr(torch, self.layout[name].dtype) if tensor is None else tensor.dtype
         bits = _BITS[dtype.itemsize]
         held = torch.empty(0, dtype=dtype) if tensor is None else tensor.detach().to("cpu").contiguous()
-        whole = gather_whole(self.layout, name, held.view(-1).view(bits).numpy(), self._copy, self._rank, root)
+        whole = gather_whole(self.layout, name, held.view(-1).view(bits).numpy(), self._copy, self.rank, root)
         return None if whole is None else torch.from_numpy(whole).view(dtype).clone()
 
     @torch.no_grad()
@@ -128,65 +140,51 @@ class ShardedModel(ABC):
         """
         self.layout.check_names(whole)
         for name, tensor in self._local.items():
-            tensor.copy_(self._cut(name, whole[name]))
+            tensor.copy_(self.cut(name, whole[name]))
 
-    def _cut(self, name: str, whole: Tensor) -> Tensor:
-        """This rank's part of a whole parameter, or of what an optimizer keeps for it."""
+    def cut(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's part of a whole parameter, or of what an optimizer keeps beside it.
+
+        Raises:
+            StateError: another shape.
+        """
         placement = self.layout[name]
         if tuple(whole.shape) != placement.shape:
             raise StateError(f"{name} has shape {list(placement.shape)} in the whole model; {list(whole.shape)} came.")
-        pieces = [whole.detach()[at] for at in self.layout.slices(name, self._rank)]
+        pieces = [whole.detach()[at] for at in self.layout.slices(name, self.rank)]
         return pieces[0] if placement.split is None else torch.cat(pieces, placement.split.axis)
 
     @torch.no_grad()
     def optimizer_state_dict(self, optimizer: Optimizer, root: int | None = None) -> dict[str, Any]:
-        """``optimizer.state_dict()`` as it would be over the whole model's parameters, in their order. Collective.
+        """``optimizer.state_dict()`` as it would be over the whole model's parameters, bit-equal. Collective.
+
+        One process loads it into an optimizer over ``model.parameters()``, with the same groups if there are several:
+        parameters are numbered in the order of the whole model, group by group.
 
         Args:
-            optimizer: over all of this rank's parameters, distributed or not.
-            root: the one rank that gets whole tensors; others get their state without tensors that are split.
+            optimizer: over this rank's parameters, distributed or not. Every rank of a pipeline has the same groups,
+                some of them empty if need be.
+            root: the one rank that gets it; others get ``{}``.
 
         Raises:
-            StateError: a model with stages, whose ranks hold different parameters.
+            StateError: parameters of another model, groups that differ from stage to stage, or state that is neither
+                numbers, text nor tensors.
+            PlanError: no such rank.
         """
-        names = self._positions(optimizer)
-        state = optimizer.state_dict()
-        whole: dict[int, dict[str, Any]] = {}
-        for number, held in state["state"].items():
-            name = names[number]
-            local = self.layout.local_shape(name, self._rank)
-            whole[number] = {
-                key: self._join(name, value, root) if _beside(value, local) else value for key, value in held.items()
-            }
-            whole[number] = {key: value for key, value in whole[number].items() if value is not None}
-        return {**state, "state": whole}
+        if root is not None:
+            self.mesh.coordinates(root)
+        return save_optimizer(self, optimizer, root)
 
     @torch.no_grad()
     def load_optimizer_state_dict(self, optimizer: Optimizer, whole: Mapping[str, Any]) -> None:
         """Take this rank's part of what ``optimizer_state_dict`` gave on any mesh, or one process's ``state_dict()``.
 
-        Raises:
-            StateError: a model with stages, or state of other shapes.
-        """
-        names = self._positions(optimizer)
-        state = {
-            number: {
-                key: self._cut(names[number], value) if _beside(value, self.layout[names[number]].shape) else value
-                for key, value in held.items()
-            }
-            for number, held in whole["state"].items()
-        }
-        optimizer.load_state_dict({**whole, "state": state})
+        Collective: ranks tell each other whose parameters are whose. Every one reads the same state.
 
-    def _positions(self, optimizer: Optimizer) -> list[str]:
-        """The whole model's names of the optimizer's parameters, by position."""
-        if self.mesh.pp > 1:
-            raise StateError(
-                f"The ranks of a mesh with pp={self.mesh.pp} hold different parameters, and their optimizers differ. "
-                "Save optimizer.state_dict() on each rank, and load it on the same mesh."
-            )
-        names = {id(p): name for name, p in self.named_parameters()}
-        return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        Raises:
+            StateError: parameters of another model, other groups, or state of other shapes.
+        """
+        load_optimizer(self, optimizer, whole)
 
     def count(self) -> tuple[int, int]:
         """How many numbers the whole model's parameters are, and how many of them this rank holds; tied ones once."""
@@ -198,7 +196,7 @@ class ShardedModel(ABC):
         """The norm of the gradients of the whole model, parameters that several ranks hold counted once. Collective."""
         norms = []
         for name, parameter in self.named_parameters():
-            if parameter.grad is not None and self.layout.speaks(name, self._rank):
+            if parameter.grad is not None and self.layout.speaks(name, self.rank):
                 own = parameter.grad.detach()
                 own = own.coalesce().values() if own.is_sparse else own
                 norms.append(float(torch.linalg.vector_norm(own.to(torch.float64), norm_type)))  # one copy at a time
@@ -210,11 +208,6 @@ class ShardedModel(ABC):
     def largest_of_copy(self, value: Tensor) -> Tensor:
         """The largest over the ranks that hold one copy of the model, elementwise. Collective over them."""
         return exchanged(value, self._copy.largest)
-
-
-def _beside(value: Any, shape: tuple[int, ...]) -> bool:
-    """Whether an optimizer keeps ``value`` beside a parameter of ``shape``, number for number."""
-    return isinstance(value, Tensor) and value.dim() > 0 and tuple(value.shape) == shape
 
 
 def clip_grad_norm_(
