@@ -36,7 +36,15 @@ from hvdscale.torch.runtime import control, world
 from hvdscale.torch.sharded import ShardedModel
 from hvdscale.torch.teams import team_along, tensor_team
 
-__all__ = ["FeatureSharded", "shard_features", "split_layers"]
+__all__ = [
+    "FeatureSharded",
+    "convert_layers",
+    "placements_of",
+    "shard_features",
+    "split_layers",
+    "splits_of",
+    "take_parts",
+]
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -93,7 +101,8 @@ def shard_features(model: nn.Module, mesh: Mesh, rules: Rules, loss: Loss | None
     mesh.check(world().size)
     if mesh.pp > 1:
         raise PlanError(
-            f'by="features" makes no stages, and the mesh has pp={mesh.pp}. Use pp=1, or by="layers" with tp=1.'
+            f'by="features" makes no stages, and the mesh has pp={mesh.pp}. Use pp=1, or by="layers", which splits the '
+            "layers of its stages over tp ranks by the same rules."
         )
     parts, layout = split_layers(model, mesh, check_rules(rules))
     _watch_inputs(model, tensor_team(mesh))
@@ -104,26 +113,34 @@ def split_layers(model: nn.Module, mesh: Mesh, rules: Rules) -> tuple[dict[str, 
     """Give every rank the first rank's weights and random state, and its own part of each split layer. Collective."""
     team = tensor_team(mesh)
     parts = find_parts(model, rules)
-    layout = Layout(mesh, tuple(_placements(model, parts)))
+    layout = Layout(mesh, placements_of(model, parts))
     tensors = [(p.name, p.shape, f"{p.dtype} {p.split}") for p in layout.placements]
     empty = [n for n, t in model.state_dict().items() if t.is_meta]
     facts = {"mesh": mesh, "sharded": "by features", "on the meta device": ", ".join(empty)}
     agree(Fingerprint.of(tensors, facts), control(), "the model to be sharded")
     _same_random_state(mesh)
     _take_parts(model, layout, team)
+    convert_layers(model, parts, team, model)
+    return parts, layout
+
+
+def convert_layers(model: nn.Module, parts: Mapping[str, Part], team: Team, held: nn.Module) -> None:
+    """Layers of ``held``, modules of ``model`` whose weights are this rank's parts by now, become split ones."""
     modules = dict(model.named_modules())
+    here = {id(module) for module in held.modules()}
     columns = {name: modules[name] for name, part in parts.items() if part.role == "column"}
     outputs = {name: sizes_of(parts[name].split, layer.out_features, team.size) for name, layer in columns.items()}
     heads: dict[tuple[str, str], int] = {}
     for name, part in parts.items():
+        if id(modules[name]) not in here:
+            continue
         _convert(modules[name], part, team, outputs.get(part.of, ()))
         if part.heads:
             module, attribute = part.heads
             heads[part.heads] = sizes_of(Split(0), getattr(modules[module], attribute), team.size)[team.rank]
     for (module, attribute), number in heads.items():
         setattr(modules[module], attribute, number)
-    _leave_fast_paths(model)
-    return parts, layout
+    _leave_fast_paths(held)
 
 
 def _convert(layer: Any, part: Part, team: Team, sizes: tuple[int, ...]) -> None:
@@ -139,8 +156,21 @@ def _convert(layer: Any, part: Part, team: Team, sizes: tuple[int, ...]) -> None
         TeamDropout.split(layer, team, sizes)
 
 
-def _placements(model: nn.Module, parts: Mapping[str, Part]) -> list[Placement]:
-    """Of every parameter and buffer that is saved."""
+def placements_of(model: nn.Module, parts: Mapping[str, Part]) -> tuple[Placement, ...]:
+    """Of every parameter and buffer that is saved, on one stage."""
+    splits = splits_of(model, parts)
+    return tuple(
+        Placement(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), split=splits.get(name))
+        for name, t in model.state_dict(keep_vars=True).items()
+    )
+
+
+def splits_of(model: nn.Module, parts: Mapping[str, Part]) -> dict[str, Split]:
+    """How each parameter that is split is divided, by name.
+
+    Raises:
+        PlanError: tied parameters that are to be split differently.
+    """
     splits: dict[str, Split] = {}
     for name, part in parts.items():
         splits |= {f"{name}.{p}".lstrip("."): split for p, split in _splits(model.get_submodule(name), part).items()}
@@ -155,10 +185,7 @@ def _placements(model: nn.Module, parts: Mapping[str, Part]) -> list[Placement]:
                 f"Tied parameters are one tensor, which is split one way: {how}. Give their layers rules that split "
                 "alike (an embedding and a head tied to it: 'vocab' for the one, 'column' or 'vocab' for the other)."
             )
-    return [
-        Placement(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), split=splits.get(name))
-        for name, t in tensors.items()
-    ]
+    return splits
 
 
 def _splits(layer: Any, part: Part) -> dict[str, Split]:
@@ -196,6 +223,23 @@ def _take_parts(model: nn.Module, layout: Layout, team: Team) -> None:
 
     materialise(model, "", {}, take)
     take("", model)
+
+
+def take_parts(local: Mapping[str, Tensor], layout: Layout, team: Team, stage: Team) -> None:
+    """Tensors that are whole on each rank of a stage become its first rank's, and of those that are split, a part."""
+    taken: set[int] = set()
+    for name, tensor in local.items():
+        if id(tensor) in taken:
+            continue
+        taken.add(id(tensor))
+        bits = tensor.detach().contiguous().view(-1).view(torch.uint8) if tensor.numel() else None
+        if bits is not None:
+            first = torch.from_numpy(stage.first(bits.numpy())).view(tensor.dtype).view(tensor.shape)
+            tensor.data.copy_(first)
+        split = layout[name].split
+        if split is not None:
+            assert isinstance(tensor, nn.Parameter), "buffers are not split"
+            keep_part(tensor, split, team)
 
 
 def _same_random_state(mesh: Mesh) -> None:

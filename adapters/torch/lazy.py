@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hvdscale.errors import PlanError
 
-__all__ = ["Lazy", "has_meta", "materialise"]
+__all__ = ["Lazy", "has_meta", "materialise", "materialise_own"]
 
 
 class Lazy:
@@ -54,27 +54,32 @@ def materialise(
         PlanError: a module that says not how its parameters begin.
     """
     for inner, part in module.named_modules():
-        own = {n: p for n, p in part.named_parameters(recurse=False, remove_duplicate=False) if p.is_meta}
-        buffers = [n for n, b in part.named_buffers(recurse=False) if b.is_meta]
-        if not own and not buffers:
-            continue
         where = ".".join(filter(None, (name, inner)))
-        shared = {n: known[id(p)] for n, p in own.items() if id(p) in known}
-        if len(shared) < len(own) or buffers:
-            reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
-            if reset is None:
-                raise PlanError(
-                    f"{where or 'The model'} ({type(part).__name__}) has {', '.join([*own, *buffers])} on the meta "
-                    "device and no reset_parameters() that would give them values. Add one, or build it off the meta "
-                    "device; a layer of a pipeline can be given as hvd.Lazy(...), too."
-                )
-            part.to_empty(device="cpu", recurse=False)
-            if isinstance(part, nn.MultiheadAttention):  # its reset changes what its output layer drew
-                materialise(part.out_proj, f"{where}.out_proj", known)
-            reset()
-        for n, tensor in shared.items():
-            setattr(part, n, tensor)
-        for n, before in own.items():
-            known.setdefault(id(before), getattr(part, n))
-        if made is not None:
+        if materialise_own(part, where, known) and made is not None:
             made(where, part)
+
+
+def materialise_own(part: nn.Module, where: str, known: dict[int, Tensor]) -> bool:
+    """``materialise`` what ``part`` holds itself, not in modules inside it; whether there was something to make."""
+    own = {n: p for n, p in part.named_parameters(recurse=False, remove_duplicate=False) if p.is_meta}
+    buffers = [n for n, b in part.named_buffers(recurse=False) if b.is_meta]
+    if not own and not buffers:
+        return False
+    shared = {n: known[id(p)] for n, p in own.items() if id(p) in known}
+    if len(shared) < len(own) or buffers:
+        reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
+        if reset is None:
+            raise PlanError(
+                f"{where or 'The model'} ({type(part).__name__}) has {', '.join([*own, *buffers])} on the meta "
+                "device and no reset_parameters() that would give them values. Add one, or build it off the meta "
+                "device; a layer of a pipeline can be given as hvd.Lazy(...), too."
+            )
+        part.to_empty(device="cpu", recurse=False)
+        if isinstance(part, nn.MultiheadAttention):  # its reset changes what its output layer drew
+            materialise(part.out_proj, f"{where}.out_proj", known)
+        reset()
+    for n, tensor in shared.items():
+        setattr(part, n, tensor)
+    for n, before in own.items():
+        known.setdefault(id(before), getattr(part, n))
+    return True

@@ -90,4 +90,4 @@ def shard_model(
     staging = Staging(
         microbatches, schedule, chunks, recompute, balance, sample, memory_cap, tuple(whole), tuple(ties), count, seed
     )
-    return shard_stages(model, mesh, by, loss, staging)
+    return shard_stages(model, mesh, by, loss, staging, rules)

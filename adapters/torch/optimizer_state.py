@@ -88,7 +88,7 @@ def _names(sharded: ShardedModel, optimizer: Optimizer) -> tuple[list[list[str]]
     foreign = sum(id(p) not in names for group in groups for p in group)
     if foreign:
         return [], (
-            f"{foreign} of the optimizer's parameters are none of the sharded model's. Make it from sharded.parameters()."
+            f"{foreign} of the optimizer's parameters are none of the model's. Make it from sharded.parameters()."
         )
     return [[names[id(p)] for p in group] for group in groups], ""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from hvdscale.errors import HvdscaleError
 from hvdscale.model.batch import cut
+from hvdscale.model.layout import Layout
 from hvdscale.model.mesh import Mesh
 from hvdscale.model.pipeline import Pipeline
+from hvdscale.model.rules import Rules, check_rules
 from hvdscale.model.simulate import Simulation
 from hvdscale.model.staging import Staging, refuse_together
 from hvdscale.model.steps import Steps, share_ties
@@ -25,15 +27,17 @@ from hvdscale.torch.broadcast import broadcast_parameters
 from hvdscale.torch.bundles import NESTS
 from hvdscale.torch.capture import capture
 from hvdscale.torch.channel import open_post
+from hvdscale.torch.features import convert_layers, placements_of, splits_of, take_parts
 from hvdscale.torch.placing import Names, build, give_up, tie, tied_parameters
 from hvdscale.torch.program import Program, from_layers
 from hvdscale.torch.randomness import apart
 from hvdscale.torch.reducer import Announcer
+from hvdscale.torch.roles import Part, find_parts
 from hvdscale.torch.runtime import control, world
 from hvdscale.torch.sharded import ShardedModel
 from hvdscale.torch.stages import TorchStages
 from hvdscale.torch.survey import measure, readings
-from hvdscale.torch.teams import connect
+from hvdscale.torch.teams import connect, team_along, tensor_team
 
 __all__ = ["Pipelined", "shard_stages"]
 
@@ -56,16 +60,23 @@ class Pipelined(ShardedModel):
         staging: Staging,
         seed: int,
         note: str = "",
+        parts: Mapping[str, Part] | None = None,
     ) -> None:
+        parts = parts or {}
         here = world().rank
         place = mesh.coordinates(here)
         mine = [node for stage in pipeline.stages_of(place.pp) for node in pipeline.part.parts[stage]]
         names = Names(program)
-        layout = names.layout(program, pipeline, mesh)
+        layout = names.layout(program, pipeline, mesh, splits_of(program.root, parts))
         self._whole = sum({id(t): t.numel() for t in names.whole.values() if isinstance(t, nn.Parameter)}.values())
         known = build(program, mine, (seed, 0))
         local = names.local(layout, here, known)
-        super().__init__(mesh, layout, give_up(program, mine), local)
+        held = give_up(program, mine)
+        if mesh.tp > 1:
+            team = tensor_team(mesh)
+            take_parts(local, layout, team, team_along(mesh, "dp", "tp"))
+            convert_layers(program.root, parts, team, held)
+        super().__init__(mesh, layout, held, local)
         self.pipeline, self._program, self._note = pipeline, program, note
         post, transport = connect(mesh, open_post, control)
         tied = [local[key] if layout.holds(key, here) else None for key in pipeline.ties]
@@ -75,7 +86,7 @@ class Pipelined(ShardedModel):
         self._stages.when_ready = self._stage_is_ready
         self._announcer = Announcer(parameters)
         self._steps = Steps(
-            pipeline, post, transport, self._stages, NESTS, staging.count, (seed, place.dp), self._announcing
+            pipeline, post, transport, self._stages, NESTS, staging.count, (seed, place.dp), self._announcing, mesh.tp
         )
         self._unready: dict[int, set[int]] = {}
         broadcast_parameters(dict(local), mesh.rank(0, place.pp, place.tp), self.data_ranks)
@@ -125,7 +136,8 @@ class Pipelined(ShardedModel):
 
     def describe(self) -> str:
         whole, held = self.count()
-        lines = [self.pipeline.describe(), share_line(held, whole, self.rank)]
+        share = share_line(held, whole, self.rank) + (f", with tp={self.mesh.tp}" if self.mesh.tp > 1 else "")
+        lines = [self.pipeline.describe(), share]
         return "\n".join([*lines, *([self._note] if self._note else [])])
 
     @contextmanager
@@ -154,8 +166,12 @@ class Pipelined(ShardedModel):
         self._announcer.complete([parameter for parameter in done if parameter.requires_grad])
 
 
-def shard_stages(model: Any, mesh: Mesh, by: str, loss: Loss | None, staging: Staging) -> Pipelined:
-    """Cut ``model`` into the stages of a pipeline. Collective. See ``shard_model``.
+def shard_stages(
+    model: Any, mesh: Mesh, by: str, loss: Loss | None, staging: Staging, rules: Rules = "auto"
+) -> Pipelined:
+    """Cut ``model`` into the stages of a pipeline, and their layers over the tensor ranks. Collective.
+
+    See ``shard_model``.
 
     Raises:
         PlanError: a model, a mesh or a way to cut it that cannot be; on every rank.
@@ -163,9 +179,13 @@ def shard_stages(model: Any, mesh: Mesh, by: str, loss: Loss | None, staging: St
     """
     mesh.check(world().size)
     program, note, error = None, "", ""
+    parts: dict[str, Part] = {}
     try:
-        staging.check(mesh, loss, ("mean",))
+        staging.check(mesh, loss, ("mean",), splits=by == "layers")
         program, note = _units(model, by, staging)
+        if mesh.tp > 1:
+            parts = find_parts(program.root, check_rules(rules))
+            Layout(mesh, placements_of(program.root, parts))
     except HvdscaleError as refusal:
         error = str(refusal)
     refuse_together(error, control())
@@ -176,6 +196,7 @@ def shard_stages(model: Any, mesh: Mesh, by: str, loss: Loss | None, staging: St
     tensors = [(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in names.whole.items()]
     facts = staging.facts(mesh, by, [unit.name for unit in program.units], list(ties.values()))
     facts["sample"] = NESTS.text(staging.sample)
+    facts["split"] = ", ".join(f"{name} {part}" for name, part in parts.items())
     agree(Fingerprint.of(tensors, facts), control(), "the model to be sharded")
     sample = None
     if staging.sample is not None:
@@ -186,7 +207,7 @@ def shard_stages(model: Any, mesh: Mesh, by: str, loss: Loss | None, staging: St
     pipeline = staging.plan(graph, mesh.pp, read)
     seed = torch.initial_seed() if staging.seed is None else staging.seed
     seed = int(broadcast(control(), str(seed).encode()))
-    return Pipelined(mesh, program, pipeline, loss, staging, seed, note)
+    return Pipelined(mesh, program, pipeline, loss, staging, seed, note, parts)
 
 
 def _units(model: Any, by: str, staging: Staging) -> tuple[Program, str]:

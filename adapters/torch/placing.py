@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from hvdscale.errors import PlanError
-from hvdscale.model.layout import Layout, Placement
+from hvdscale.model.layout import Layout, Placement, Split
 from hvdscale.model.mesh import Mesh
 from hvdscale.model.pipeline import Pipeline
-from hvdscale.torch.lazy import materialise
+from hvdscale.torch.lazy import materialise, materialise_own
 from hvdscale.torch.program import Program, resolve
 from hvdscale.torch.randomness import apart, reseed
 
@@ -26,8 +26,11 @@ class Names:
         for name, tensor in self.whole.items():
             self.same.setdefault(id(tensor), []).append(name)
 
-    def layout(self, program: Program, pipeline: Pipeline, mesh: Mesh) -> Layout:
-        """Where each tensor lies. Names of one shared tensor lie wherever one of them does."""
+    def layout(self, program: Program, pipeline: Pipeline, mesh: Mesh, splits: Mapping[str, Split]) -> Layout:
+        """Where each tensor lies. Names of one shared tensor lie wherever one of them does.
+
+        ``splits``: over the tensor ranks of a stage, by name.
+        """
         ranks: dict[int, set[int]] = {}
         for unit, stage in zip(program.units, pipeline.part.part_of, strict=True):
             for tensor in program.tensors(unit).values():
@@ -40,6 +43,7 @@ class Names:
                     tuple(tensor.shape),
                     str(tensor.dtype).removeprefix("torch."),
                     tuple(sorted(ranks.get(id(tensor), {0}))),  # what nothing uses stays on the first rank
+                    splits.get(name),
                 )
                 for name, tensor in self.whole.items()
             ),
@@ -101,9 +105,11 @@ def build(program: Program, nodes: Collection[int], seed: tuple[int, ...]) -> di
         for node in sorted(nodes):
             for name in program.units[node].holds:
                 held = resolve(program.root, name)
-                if not isinstance(held, nn.Module):
-                    continue
                 reseed(*seed, node)
+                if not isinstance(held, nn.Module):  # a parameter by itself: the module it belongs to makes it
+                    owner = name.rpartition(".")[0]
+                    materialise_own(resolve(program.root, owner), owner, known)
+                    continue
                 if name in program.lazy:
                     held = _made(program, name, held, known)
                 materialise(held, name, known)

@@ -66,6 +66,8 @@ class Claim:
         y: likewise of its target.
         samples: how many; 0 where it has none.
         error: what is wrong with its arguments; empty if nothing.
+        x_digest: of the values of its input, where another rank reads the same; empty where none does.
+        y_digest: likewise of its target.
     """
 
     does: str
@@ -73,12 +75,18 @@ class Claim:
     y: str = ""
     samples: int = 0
     error: str = ""
+    x_digest: str = ""
+    y_digest: str = ""
 
 
-def agree_on_batch(transport: Transport, mine: Claim, targets: bool) -> Claim:
+_SAID = {"x_digest": "the values of x", "y_digest": "the values of y"}
+
+
+def agree_on_batch(transport: Transport, mine: Claim, targets: bool, abreast: int = 1) -> Claim:
     """The step as all ranks of the pipeline see it: one small all-gather.
 
-    The first rank must have the input and the last one the target, if ``targets``; the others may have either.
+    The first ``abreast`` ranks must have the input and the last ones the target, if ``targets``; the others may have
+    either.
 
     Raises:
         PlanError: an error of any rank, or something is missing; on every rank with the same text.
@@ -91,20 +99,22 @@ def agree_on_batch(transport: Transport, mine: Claim, targets: bool) -> Claim:
         if claim.error:
             raise PlanError(claim.error if len(claims) == 1 else f"rank {rank}: {claim.error}")
     agreed = {}
-    for what in ("does", "x", "y", "samples"):
+    for what in ("does", "x", "y", "samples", "x_digest", "y_digest"):
         values = {getattr(claim, what): rank for rank, claim in zip(ranks, claims, strict=True) if getattr(claim, what)}
         if len(values) > 1:
             (a, rank_a), (b, rank_b), *_ = values.items()
             raise DesyncError(
-                f"All ranks of a pipeline take the same step; for {what!r} rank {rank_a} has {a} and rank {rank_b} "
-                f"{b}. "
+                f"All ranks of a pipeline take the same step; for {_SAID.get(what, what)!r} rank {rank_a} has {a} and "
+                f"rank {rank_b} {b}. "
                 "Give all of them the same batch; they may leave out what their stage does not read."
             )
         agreed[what] = next(iter(values), mine.samples if what == "samples" else "")
-    if not claims[0].x:
-        raise PlanError(f"The first stage reads the input; rank {ranks[0]}, which has it, was given none.")
-    if targets and not claims[-1].y:
-        raise PlanError(f"The last stage reads the target; rank {ranks[-1]}, which has it, was given none.")
+    for rank, claim in zip(ranks[:abreast], claims[:abreast], strict=True):
+        if not claim.x:
+            raise PlanError(f"The first stage reads the input; rank {rank}, which has it, was given none.")
+    for rank, claim in zip(ranks[-abreast:], claims[-abreast:], strict=True):
+        if targets and not claim.y:
+            raise PlanError(f"The last stage reads the target; rank {rank}, which has it, was given none.")
     return Claim(str(agreed["does"]), str(agreed["x"]), str(agreed["y"]), int(agreed["samples"]))
 
 

@@ -49,15 +49,15 @@ class Groups:
     def connect(
         self, mesh: Mesh, open_post: Callable[[Any], Post], control: Callable[[Any], Transport]
     ) -> tuple[Post, Transport]:
-        """Among the ranks of this rank's pipeline, in the order of their stages. Collective over all ranks.
+        """Messages among the ranks of this rank's pipeline, in the order of their stages; and among those of its copy.
+
+        The copy has as many pipelines as tensor ranks, side by side. Collective over all ranks.
 
         Args:
             open_post, control: the adapter's, of a process set.
         """
-        if mesh.pp == 1:
-            return SoloPost(), SoloTransport()
-        process_set = self._set_along(mesh, "pp")
-        return open_post(process_set), control(process_set)
+        post = SoloPost() if mesh.pp == 1 else open_post(self._set_along(mesh, "pp"))
+        return post, SoloTransport() if mesh.pp * mesh.tp == 1 else control(self._set_along(mesh, "pp", "tp"))
 
     def data_ranks(self, mesh: Mesh) -> Any:
         """The process set of the ranks that hold the same part of the model as this one. Collective over all ranks.

@@ -33,19 +33,20 @@ class Staging:
     count: Callable[[Any], Any] | None = None
     seed: int | None = None
 
-    def check(self, mesh: Mesh, loss: Any, means: Sequence[str]) -> None:
+    def check(self, mesh: Mesh, loss: Any, means: Sequence[str], splits: bool = False) -> None:
         """Refuse what cannot be, on this rank.
 
         Args:
             means: what the framework calls the reduction of a loss that is a mean.
+            splits: whether layers of stages can be split over tensor ranks.
 
         Raises:
             PlanError: split features, no loss or one that is a sum, or a balance that nothing was given to measure by.
         """
-        if mesh.tp > 1:
+        if mesh.tp > 1 and not splits:
             raise PlanError(
-                f"by='layers' and by='graph' make stages of whole layers, and the mesh has tp={mesh.tp}. Use tp=1, or "
-                "by='features' for what one layer is divided into."
+                f"These stages are of whole layers, and the mesh has tp={mesh.tp}. Use tp=1, or by='features' with "
+                "pp=1; in torch, by='layers' splits the layers of stages over tp ranks, too."
             )
         if not callable(loss):
             raise PlanError(

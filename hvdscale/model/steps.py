@@ -10,10 +10,11 @@ from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import xxhash
 
 from hvdscale.errors import PlanError
 from hvdscale.model.actions import Action
-from hvdscale.model.batch import Batch, agree_on_batch, claim_of, cut, shares_of
+from hvdscale.model.batch import Batch, Claim, agree_on_batch, claim_of, cut, shares_of
 from hvdscale.model.executor import Executor
 from hvdscale.model.nests import Nests
 from hvdscale.model.pipeline import Pipeline
@@ -52,12 +53,14 @@ class Steps:
 
     Args:
         pipeline: the stages and their schedule.
-        post, transport: among its ranks, in the order of their stages.
+        post: among its ranks, in the order of their stages.
+        transport: among those of all pipelines of the copy, stage by stage.
         stages: this rank's.
         nests: values of the framework.
         count: of how many terms the loss of a target is the mean; ``None``: its samples.
         seed: of random numbers, for this copy of the model.
         around: what a training run happens inside of.
+        abreast: pipelines of the copy, in which each stage is divided among tensor ranks; they take the same batches.
     """
 
     def __init__(
@@ -70,11 +73,13 @@ class Steps:
         count: Callable[[Any], Any] | None,
         seed: tuple[int, ...],
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        abreast: int = 1,
     ) -> None:
         self.taken = 0
         self._pipeline, self._transport, self._stages, self._nests = pipeline, transport, stages, nests
         self._count, self._seed, self._around = count or nests.rows, seed, around
-        self._first, self._last = post.rank == 0, post.rank == (pipeline.stages - 1) % pipeline.ranks
+        self._first, self._last = post.rank == 0, post.rank == pipeline.ranks - 1
+        self._abreast, self._place = abreast, transport.rank % abreast
         self._executor: Executor[Any] = Executor(post, stages, list(pipeline.ties.values()))
         self._checked = False
         self._events: list[Event] = []
@@ -103,7 +108,8 @@ class Steps:
         if not self._events:
             raise PlanError("There is a measured step after the first train_step(); none was taken.")
         mine = [(event.action.text(), event.start, event.end) for event in self._events]
-        told = [json.loads(data) for data in self._transport.allgather(json.dumps(mine).encode())]
+        every = [json.loads(data) for data in self._transport.allgather(json.dumps(mine).encode())]
+        told = every[self._place :: self._abreast]
         begin = min(start for row in told for _, start, _ in row)
         events = tuple(
             tuple(Event(Action.parse(text), start - begin, end - begin) for text, start, end in row) for row in told
@@ -112,7 +118,7 @@ class Steps:
         return replace(self._pipeline.simulation, schedule=self._pipeline.training(microbatches), events=events)
 
     def _run(self, does: str, x: Any, y: Any, scale: float) -> float:
-        agreed = agree_on_batch(self._transport, claim_of(does, x, y, scale, self._nests), targets=True)
+        agreed = agree_on_batch(self._transport, self._claim(does, x, y, scale), True, self._abreast)
         trains = does == "train"
         pieces = cut(agreed.samples, self._pipeline.microbatches)
         xs = [self._nests.select(x, piece) for piece in pieces] if self._first else []
@@ -129,6 +135,22 @@ class Steps:
         self._checked = True
         return self._loss_of_all()
 
+    def _claim(self, does: str, x: Any, y: Any, scale: float) -> Claim:
+        claim = claim_of(does, x, y, scale, self._nests)
+        if self._abreast == 1 or claim.error:
+            return claim
+        of_x = self._digest(x) if self._first else ""
+        return replace(claim, x_digest=of_x, y_digest=self._digest(y) if self._last else "")
+
+    def _digest(self, value: Any) -> str:
+        if value is None:
+            return ""
+        tensors: list[Any] = []
+        digest = xxhash.xxh64(json.dumps(self._nests.pack(value, tensors)).encode())
+        for tensor in tensors:
+            digest.update(self._stages.view(tensor).data)
+        return digest.hexdigest()
+
     def _loss_of_all(self) -> float:
         """What the last stage found, told to all; an error of any stage is everyone's."""
         own = [sum(self._stages.losses.values()) if self._last else 0.0, self._stages.error]
@@ -138,7 +160,7 @@ class Steps:
             self._checked = False
             self._stages.forget()
             raise PlanError(error)
-        return float(told[(self._pipeline.stages - 1) % self._pipeline.ranks][0])
+        return float(told[-self._abreast + self._place][0])
 
 
 def share_ties(post: Post, pipeline: Pipeline, values: Sequence[Bytes | None]) -> list[int]:

@@ -14,7 +14,7 @@ _WAYS = ("layers", "graph", "features")
 
 
 def check_way(mesh: Any, by: Any, rules: Rules) -> None:
-    """Refuse what is no mesh, a way there is not, and rules of features for stages.
+    """Refuse what is no mesh, a way there is not, and rules of features for stages of whole layers.
 
     Raises:
         PlanError: on this rank.
@@ -23,8 +23,11 @@ def check_way(mesh: Any, by: Any, rules: Rules) -> None:
         raise PlanError(f"mesh is a Mesh, such as hvd.Mesh(dp=2, tp=2); it is {mesh!r}.")
     if by not in _WAYS:
         raise PlanError(f"by is 'layers', 'graph' or 'features'; it is {by!r}.")
-    if by != "features" and rules != "auto":
-        raise PlanError(f"rules say how features are split; by={by!r} makes stages of whole layers. Leave them out.")
+    if by != "features" and mesh.tp == 1 and rules != "auto":
+        raise PlanError(
+            f"rules say how features are split over tensor ranks; by={by!r} with tp=1 makes stages of whole layers. "
+            "Leave them out."
+        )
 
 
 def share_line(held: int, whole: int, rank: int) -> str:

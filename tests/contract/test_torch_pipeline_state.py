@@ -117,7 +117,7 @@ def test_one_rank_alone_can_have_it_and_wrong_ones_are_refused(rank: int, size: 
     backwards = torch.optim.SGD(list(sharded.parameters())[::-1], 0.1)
     refused: list[tuple[Callable[[], Any], str]] = [
         (lambda: sharded.load_optimizer_state_dict(optimizer, fewer), "has groups of"),
-        (lambda: sharded.optimizer_state_dict(foreign), "none of the sharded model's"),
+        (lambda: sharded.optimizer_state_dict(foreign), "none of the model's"),
     ]
     if size > 1:
         refused += [

@@ -32,8 +32,8 @@ LAST = Claim("train", y="int64[8]", samples=8)
 ALL = Claim("train", x="float32[8, 2]", y="int64[8]", samples=8)
 
 
-def told(*claims: Claim, targets: bool = True) -> list[Any]:
-    return run_loopback(len(claims), lambda t: agree_on_batch(t, claims[t.rank], targets), timeout_seconds=5)
+def told(*claims: Claim, targets: bool = True, abreast: int = 1) -> list[Any]:
+    return run_loopback(len(claims), lambda t: agree_on_batch(t, claims[t.rank], targets, abreast), timeout_seconds=5)
 
 
 @pytest.mark.parametrize("claims", [(FIRST, LAST), (ALL, ALL), (FIRST, Claim("train"), LAST)])
@@ -57,6 +57,18 @@ def test_every_rank_is_told_the_same(claims: tuple[Claim, ...], error: type[Exce
     assert [type(result) for result in results] == [error] * len(claims)
     assert len({str(result) for result in results}) == 1
     assert rule in str(results[0])
+
+
+def test_pipelines_abreast_read_the_same_values() -> None:
+    firsts, lasts = (replace(FIRST, x_digest="a"), replace(LAST, y_digest="b"))
+    assert told(firsts, firsts, lasts, lasts, abreast=2) == [ALL] * 4
+    for claims, rule in (
+        ((firsts, replace(FIRST, x_digest="c"), lasts, lasts), "for 'the values of x' rank 0 has a and rank 1 c"),
+        ((firsts, firsts, replace(LAST, y_digest="c"), lasts), "for 'the values of y' rank 2 has c and rank 3 b"),
+        ((firsts, Claim("train"), lasts, lasts), "first stage reads the input; rank 1"),
+        ((firsts, firsts, Claim("train"), lasts), "last stage reads the target; rank 2"),
+    ):
+        assert all(rule in str(result) for result in told(*claims, abreast=2))
 
 
 def test_one_rank_has_both_ends() -> None:
