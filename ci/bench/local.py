@@ -15,7 +15,7 @@ __all__ = ["MPIRUN", "local_variants", "settings_to_try", "thread_env"]
 
 # No binding: bound ranks would share their one core with Horovod's own thread, for stock and for us alike.
 MPIRUN = (str(BIN / "mpirun"), "--bind-to", "none")
-_MPI_WAYS = ("horovod", "hvdscale", "local", "sharded", "central")
+_MPI_WAYS = ("horovod", "hvdscale", "local", "sharded", "central", "1f1b", "zb")
 
 
 def settings_to_try(text: str) -> dict[str, str]:

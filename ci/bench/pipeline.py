@@ -29,10 +29,11 @@ from ci.bench.harness import (
     interleave,
 )
 from ci.bench.local import MPIRUN, local_variants, thread_env
-from ci.bench.workers.pipeline import SLEEP_BATCH, SLEEP_SECONDS
+from ci.bench.turns import take_turns
+from ci.bench.workers.pipeline import MICROBATCHES, SLEEP_BATCH, SLEEP_SECONDS
 from hvdscale.model import Costs, Edge, Graph, Node, make_schedule, partition, simulate
 
-RANKS, MICROBATCHES = 2, (4, 8, 16)
+RANKS = 2
 ROLES = {"independent": "peer", "torch": "peer", "1f1b": "ours", "zb": "peer"}
 NAMES = {
     "independent": "one rank, the whole model",
@@ -47,12 +48,12 @@ PARTS = ("throughput", "sleep", "facts")
 def throughput(options: argparse.Namespace) -> int:
     """Steps of the same two stages; the limit is one rank's step over p * m / (m + p - 1)."""
     variants, note = local_variants("ci.bench.workers.pipeline", RANKS, ROLES, NAMES, options.steps)
-    fixed = [_through_mpirun(v, RANKS) if v.name.startswith("hvdscale") else v for v in variants]
-    results = interleave(fixed, options.rounds, options.deadline)
-    one = NAMES["independent"]
-    ideal = {f"m={m}": results.median(one, f"m={m}") * (m + RANKS - 1) / (RANKS * m) for m in MICROBATCHES}
-    limit = Variant("ideal p m / (m + p - 1)", "limit", fixed=ideal)
-    samples = {limit.name: {metric: [value] for metric, value in ideal.items()}, **results.samples}
+    results = take_turns(variants, options.rounds, options.steps, options.deadline)
+    share = {f"m={m}": (m + RANKS - 1) / (RANKS * m) for m in MICROBATCHES}
+    alone = results.samples[NAMES["independent"]]
+    limit = Variant("ideal p m / (m + p - 1)", "limit", fixed=share)
+    ideal = {metric: [seconds * share[metric] for seconds in times] for metric, times in alone.items()}
+    samples = {limit.name: ideal, **results.samples}
     both = Results((limit, *results.variants), samples)
     targets = (
         Target(limit.name, 0.9, METRICS),
@@ -62,13 +63,6 @@ def throughput(options: argparse.Namespace) -> int:
     ratio = results.ratio("m=4", of=NAMES["1f1b"], to=NAMES["zb"])
     print(f"m=4: zero bubble {ratio:.2f} times 1F1B, target at least 1.05: {'met' if ratio >= 1.05 else 'missed'}")
     return code or int(options.strict and ratio < 1.05)
-
-
-def _through_mpirun(variant: Variant, ranks: int) -> Variant:
-    """The ways of ours are started as Horovod's jobs are; ``local_variants`` knows only the name hvdscale."""
-    command = variant.processes[0].command
-    env = thread_env(max(1, len(os.sched_getaffinity(0)) // ranks))
-    return Variant(variant.name, variant.role, ranks, (Process((*MPIRUN, "-np", str(ranks), *command), env),))
 
 
 def sleep(options: argparse.Namespace) -> int:
@@ -83,7 +77,7 @@ def sleep(options: argparse.Namespace) -> int:
         schedule = make_schedule(name, ranks, SLEEP_BATCH, 2 if name == "interleaved" else 1)
         predicted[name] = simulate(schedule, Costs.even(schedule.stages, SLEEP_SECONDS)).makespan
     variants = (Variant("simulated", "limit", fixed=predicted), measured)
-    results = interleave(variants, max(1, options.rounds // 2), options.deadline)
+    results = interleave(variants, 1, options.deadline)
     targets = (Target("simulated", 1 / 1.08),)
     note = f"Stages sleep {SLEEP_SECONDS * 1e3:.0f} ms forward and twice that backward, {SLEEP_BATCH} micro-batches."
     return finish("4 ranks asleep", results, targets, options, [note])
@@ -146,7 +140,7 @@ def _graph(n: int) -> Graph:
 
 
 def main() -> int:
-    parser = arguments(__doc__ or "", rounds=3, steps=15, quick=(1, 6))
+    parser = arguments(__doc__ or "", rounds=6, steps=3, quick=(2, 2))
     parser.add_argument("--only", default=",".join(PARTS), help=f"some of {', '.join(PARTS)} (default: all)")
     options = parser.parse_args()
     wanted = options.only.split(",")

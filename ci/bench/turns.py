@@ -7,6 +7,8 @@ A variant whose turn is over is stopped (SIGSTOP), so that it takes nothing from
 
 from __future__ import annotations
 
+import itertools
+import json
 import signal
 import socket
 import tempfile
@@ -28,33 +30,41 @@ __all__ = ["take_turns"]
 def take_turns(variants: Sequence[Variant], rounds: int, steps: int, deadline_seconds: float) -> Results:
     """``rounds`` rounds in which each variant trains ``steps`` steps; one sample per round, its slowest rank's median.
 
-    Workers time with ``ranks.median_seconds``, once. ``deadline_seconds`` is for the start, and for each turn.
+    Workers time with ``ranks.median_seconds``, once, or with ``ranks.medians_of``: then variants take turns for each
+    metric. ``deadline_seconds`` is for the start, and for each turn.
 
     Raises:
         BenchError: a process ended before it was told to, or a deadline passed; all are ended by then.
     """
     end_on_sigterm()
     with ExitStack() as stack, Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("", total=(rounds + 1) * len(variants))
+        bar = progress.add_task("", total=None)
         players = []
         for variant in variants:
             progress.update(bar, description=f"starting {variant.name}")
             players.append(stack.enter_context(_Player(variant, deadline_seconds)))
             progress.advance(bar)
-        samples: dict[str, list[float]] = {variant.name: [] for variant in variants}
-        for turn in range(rounds):
-            for player in players:
-                progress.update(bar, description=f"round {turn + 1} of {rounds}: {player.variant.name}")
-                samples[player.variant.name].append(player.play(steps))
+        metrics = list(dict.fromkeys(metric for player in players for metric in player.metrics))
+        progress.update(bar, total=len(variants) + rounds * sum(len(player.metrics) for player in players))
+        for turn, metric in itertools.product(range(rounds), metrics):
+            for player in (p for p in players if metric in p.metrics):
+                progress.update(bar, description=f"round {turn + 1} of {rounds}: {player.variant.name} {metric}")
+                player.play(metric, steps)
                 progress.advance(bar)
-        return Results(tuple(variants), {player.variant.name: player.end(samples) for player in players})
+        return Results(tuple(variants), {player.variant.name: player.end() for player in players})
 
 
 class _Player:
-    """One variant, launched and stopped until its turn."""
+    """One variant, launched and stopped until its turn.
+
+    Attributes:
+        metrics: what it can be timed by, as its first rank says; one without a name where there is no choice.
+    """
 
     def __init__(self, variant: Variant, deadline_seconds: float) -> None:
         self.variant = variant
+        self.metrics: list[str] = []
+        self._samples: dict[str, list[float]] = {}
         self._deadline_seconds = deadline_seconds
         self._lines: list[TextIO] = []
         self._stack = ExitStack()
@@ -74,6 +84,9 @@ class _Player:
                     raise self._launch.error(f"was not ready within {self._deadline_seconds:.0f} s")
                 if any(process.poll() is not None for process in self._launch.processes):
                     raise self._launch.error("ended before its first turn")
+            told = [json.loads(lines.readline()) for lines in self._lines]  # the same by all
+            self.metrics = told[0]
+            self._samples = {metric: [] for metric in self.metrics}
             self._signal(signal.SIGSTOP)
             self._stack = stack.pop_all()
         return self
@@ -81,10 +94,10 @@ class _Player:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def play(self, steps: int) -> float:
-        """Seconds of one step: the slowest rank's median."""
+    def play(self, metric: str, steps: int) -> None:
+        """Note the seconds of one step: the slowest rank's median."""
         self._signal(signal.SIGCONT)
-        self._say(steps)
+        self._say(self.metrics.index(metric), steps)
         try:
             answers = [lines.readline() for lines in self._lines]
         except TimeoutError:
@@ -92,15 +105,14 @@ class _Player:
         if "" in answers:
             raise self._launch.error("ended in the middle of a turn")
         self._signal(signal.SIGSTOP)
-        return max(map(float, answers))
+        self._samples[metric].append(max(map(float, answers)))
 
-    def end(self, samples: dict[str, list[float]]) -> dict[str, list[float]]:
-        """Let the ranks leave their results, and check them. The samples by the one metric they have."""
+    def end(self) -> dict[str, list[float]]:
+        """Let the ranks leave their results, and check them. The samples by metric, named as in the results."""
         self._signal(signal.SIGCONT)
-        self._say(0)
+        self._say(0, 0)
         left = self._launch.finish(self._deadline_seconds)
-        (metric,) = left[0]["seconds"]
-        return {metric: samples[self.variant.name]}
+        return dict(zip(left[0]["seconds"], self._samples.values(), strict=True))
 
     def _come_in(self, stack: ExitStack, door: socket.socket) -> list[TextIO]:
         try:
@@ -110,9 +122,9 @@ class _Player:
         connection.settimeout(self._deadline_seconds)
         return [stack.enter_context(connection.makefile("rw"))]
 
-    def _say(self, steps: int) -> None:
+    def _say(self, way: int, steps: int) -> None:
         for lines in self._lines:
-            lines.write(f"{steps}\n")
+            lines.write(f"{way} {steps}\n")
             lines.flush()
 
     def _signal(self, number: signal.Signals) -> None:

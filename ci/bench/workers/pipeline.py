@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ci.bench.workers.ranks import leave_result, median_seconds, meet
+from ci.bench.workers.ranks import leave_result, medians_of, meet
 from ci.bench.workers.torch_step import WIDTH, Block
 
 BLOCKS, BATCH, CONTEXT = 8, 16, 128
+MICROBATCHES = (4, 8, 16)
 SLEEP_SECONDS, SLEEP_BATCH = 0.02, 8
 
 
@@ -126,25 +127,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--way", choices=("independent", "torch", "1f1b", "zb", "asleep"), required=True)
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--microbatches", default="4,8,16")
     options = parser.parse_args()
-    figures: dict[str, float] = {}
-    rank = 0
+    made: dict[str, tuple[int, int, Callable[[], object]]] = {}
     if options.way == "asleep":
-        for schedule in ("gpipe", "1f1b", "interleaved"):
-            rank, _, step = asleep(schedule)
-            figures[schedule] = median_seconds(step, options.steps, warmup=2)
+        made = {schedule: asleep(schedule) for schedule in ("gpipe", "1f1b", "interleaved")}
     else:
-        for turn, m in enumerate(map(int, options.microbatches.split(","))):
+        for m in MICROBATCHES if options.way != "zb" else MICROBATCHES[:1]:
             if options.way == "independent":
-                rank, ranks, step = independent(m)
+                made[f"m={m}"] = independent(m)
             elif options.way == "torch":
-                rank, ranks, step = of_torch(m)
+                made[f"m={m}"] = of_torch(m)
             else:
-                rank, ranks, step = of_hvdscale(m, options.way)
-            if not turn:
-                meet(rank, ranks)
-            figures[f"m={m}"] = median_seconds(step, options.steps, warmup=3)
+                made[f"m={m}"] = of_hvdscale(m, options.way)
+    rank, ranks, _ = next(iter(made.values()))
+    meet(rank, ranks)
+    figures = medians_of({name: step for name, (_, _, step) in made.items()}, options.steps, warmup=2)
     leave_result(rank, **figures)
 
 

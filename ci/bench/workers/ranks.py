@@ -8,12 +8,12 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
-__all__ = ["digest", "in_step", "leave_result", "mean_seconds", "median_seconds", "meet"]
+__all__ = ["digest", "in_step", "leave_result", "mean_seconds", "median_seconds", "medians_of", "meet"]
 
 _FOLDER = "BENCH_FOLDER"
 _TURNS = "BENCH_TURNS"
@@ -63,10 +63,22 @@ def median_seconds(step: Callable[[], object], steps: int, warmup: int) -> float
 
     Where variants take turns (``turns.py``), the harness says when to call, and how often.
     """
-    for _ in range(warmup):
-        step()
-    took = list(_in_turns(step, os.environ[_TURNS])) if _TURNS in os.environ else _times(step, steps)
-    return statistics.median(took)
+    return medians_of({"": step}, steps, warmup)[""]
+
+
+def medians_of(ways: Mapping[str, Callable[[], object]], steps: int, warmup: int) -> dict[str, float]:
+    """``median_seconds`` of each of ``ways``, whose names are the metrics of the variant.
+
+    Where variants take turns, a way has a turn of its own.
+    """
+    for step in ways.values():
+        for _ in range(warmup):
+            step()
+    if _TURNS in os.environ:
+        took = _in_turns(ways, os.environ[_TURNS])
+    else:
+        took = {name: _times(step, steps) for name, step in ways.items()}
+    return {name: statistics.median(times) for name, times in took.items()}
 
 
 def _times(step: Callable[[], object], steps: int) -> list[float]:
@@ -78,16 +90,24 @@ def _times(step: Callable[[], object], steps: int) -> list[float]:
     return took
 
 
-def _in_turns(step: Callable[[], object], path: str) -> Iterator[float]:
-    """Line by line: the harness sends a number of steps, 0 at the end; this rank answers with their median."""
+def _in_turns(ways: Mapping[str, Callable[[], object]], path: str) -> dict[str, list[float]]:
+    """Line by line: this rank says which ways it has; the harness sends the number of one of them and of steps, 0 at
+    the end; this rank answers with their median."""
+    took: dict[str, list[float]] = {name: [] for name in ways}
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(path)
         with connection.makefile("rw") as lines:
-            while steps := int(lines.readline()):
-                took = _times(step, steps)
-                lines.write(f"{statistics.median(took)}\n")
+            lines.write(json.dumps(list(ways)) + "\n")
+            lines.flush()
+            while True:
+                number, steps = map(int, lines.readline().split())
+                if not steps:
+                    return took
+                name = list(ways)[number]
+                times = _times(ways[name], steps)
+                lines.write(f"{statistics.median(times)}\n")
                 lines.flush()
-                yield from took
+                took[name] += times
 
 
 def digest(arrays: Iterable[np.ndarray]) -> str:
