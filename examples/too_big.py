@@ -1,10 +1,11 @@
 """A language model that one process has no room for, under a limit on its memory, and two train.
 
-    python examples/too_big.py                 # ends: it does not fit
-    mpirun -np 2 python examples/too_big.py    # trains
+    python examples/too_big.py                          # ends: it does not fit
+    mpirun -np 2 python examples/too_big.py             # trains: each rank has a part of every layer
+    mpirun -np 2 python examples/too_big.py --stages    # trains: each rank has half of the layers
 
 Every process may take ``--limit-mb`` beyond what Python, PyTorch and MPI take themselves. The model is described on the
-meta device, where it takes no memory; each rank then makes its own part of every layer.
+meta device, where it takes no memory; each rank then makes its own part.
 """
 
 import argparse
@@ -13,8 +14,9 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
-from torch_lm import LanguageModel
+from torch_lm import Block, LanguageModel
 
 import hvdscale.torch as hvd
 
@@ -26,23 +28,28 @@ def limit_memory(megabytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
+def mean_over_tokens(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
 def train(flags: argparse.Namespace) -> None:
     with torch.device("meta"):
         model = LanguageModel(256, flags.context, flags.layers, flags.width, flags.heads)
     whole = sum(p.numel() * p.element_size() for p in model.parameters()) >> 20
-    sharded = hvd.shard_model(
-        model,
-        hvd.Mesh(tp=hvd.size()),
-        by="features",
-        loss=lambda logits, targets: F.cross_entropy(logits.flatten(0, 1), targets.flatten()),
-    )
+    if flags.stages:
+        sharded = hvd.shard_model(
+            model, hvd.Mesh(pp=hvd.size()), by="graph", whole=(Block,), loss=mean_over_tokens, microbatches=flags.batch
+        )
+    else:
+        sharded = hvd.shard_model(model, hvd.Mesh(tp=hvd.size()), by="features", loss=mean_over_tokens)
     optimizer = torch.optim.AdamW(sharded.parameters(), 3e-4, foreach=False)  # one parameter's temporaries at a time
     optimizer = hvd.DistributedOptimizer(optimizer, model=sharded)
     text = torch.tensor(list(Path(__file__).read_bytes()))
     for step in range(flags.steps):
-        window = text[step * flags.context :][: flags.context + 1][None]
+        windows = text[step * flags.batch * flags.context :][: flags.batch * flags.context + 1]
+        inputs, targets = (t.view(flags.batch, flags.context) for t in (windows[:-1], windows[1:]))
         optimizer.zero_grad()
-        loss = sharded.train_step(window[:, :-1], window[:, 1:])
+        loss = sharded.train_step(inputs, targets)
         optimizer.step()
         if hvd.rank() == 0:
             print(f"step {step}  loss {loss.item():.3f}", flush=True)
@@ -58,6 +65,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--context", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=2, help="samples in a step (%(default)s)")
+    parser.add_argument("--stages", action="store_true", help="cut the model into stages, not every layer")
     parser.add_argument("--steps", type=int, default=3)
     flags = parser.parse_args()
     hvd.init()

@@ -81,7 +81,8 @@ def _places(sharded: ShardedModel, optimizer: Any) -> list[_Place]:
     names = [sharded.name_of(variable) for variable in inner._trainable_variables]
     strange = [v.path for v, name in zip(inner._trainable_variables, names, strict=True) if name is None]
     error = f"The optimizer trains {strange[0]}, which is not of the sharded model." if strange else ""
-    whole = tell_optimizers(sharded.layout, sharded.rank, verbs.control(), [[n or "" for n in names]], {}, error).names
+    ordered = [n for n in sharded.layout.names if n in names]  # Keras has the order of layers, which a stage may change
+    whole = tell_optimizers(sharded.layout, sharded.rank, verbs.control(), [ordered], {}, error).names
     twin = _twin(inner, whole, [sharded.layout[name].dtype for name in whole])
     theirs, slots = slots_of(twin), slots_of(inner)
     kept = {id(v): (slot, i) for slot, variables in theirs.items() for i, v in enumerate(variables)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -13,8 +13,8 @@ import numpy as np
 from keras.src import backend as keras_backend
 from keras.src.backend.common import global_state
 
-from hvdscale.errors import PlanError
 from hvdscale.keras.backend import verbs
+from hvdscale.keras.replicas import path_of
 from hvdscale.model.seeds import seed_of
 
 __all__ = ["Program", "Unit", "marked", "plain"]
@@ -67,6 +67,12 @@ class Program:
 
     model: Any
     units: tuple[Unit, ...]
+    _complaints: list[str] = field(default_factory=list)
+
+    @property
+    def complaint(self) -> str:
+        """Told to all ranks after the step: one that raised in the middle of it would keep them waiting."""
+        return self._complaints[0] if self._complaints else ""
 
     def seeds(self, nodes: Sequence[int], place: tuple[int, ...]) -> np.ndarray:
         """int32[n]: for each unit one for what is drawn outside generators, and one for each generator."""
@@ -93,10 +99,10 @@ class Program:
         for layer in unit.layers:
             if layer._losses:
                 layer._clear_losses()
-                raise PlanError(
-                    f"{layer.path} adds a loss of its own, which a pipeline does not count. Make it part of loss=..., "
-                    "a function of the model's output."
-                )
+                self._complaints[:] = self._complaints or [
+                    f"{path_of(layer)} adds a loss of its own, which a pipeline does not count. Make it part of "
+                    "loss=..., a function of the model's output."
+                ]
 
 
 def marked(outputs: Sequence[Any]) -> list[tuple[Any, Any]]:

@@ -182,6 +182,7 @@ class TensorFlowStages:
                 outputs, loss, output = graph(values, target, seeds)
         else:
             outputs, loss, output = graph(values, target, seeds)
+        self.error = self.error or self._units.complaint
         if last:
             self._note_loss(loss, output, target, microbatch, kept)
         return {int(to): self._bundle(int(to), given, kept) for to, given in outputs.items()}
@@ -215,7 +216,8 @@ class TensorFlowStages:
     def _note_loss(self, loss: tf.Tensor, output: Any, target: Any, microbatch: int, kept: _Kept) -> None:
         if self._batch.check and not microbatch:
             count = self._count
-            self.error = mean_error(self._loss, count, output, target, NESTS, lambda t: tf.concat([t, t], 0))
+            twice = lambda t: tf.concat([t, t], 0)  # noqa: E731
+            self.error = self.error or mean_error(self._loss, count, output, target, NESTS, twice)
         if not self.error and any(length != 1 for length in loss.shape):
             self.error = f"loss returns one number, a mean; it returned a tensor of shape {list(loss.shape)}."
         share = self._batch.shares[microbatch]

@@ -47,6 +47,10 @@ class Program:
     units: tuple[Unit, ...]
     lazy: dict[str, Lazy]
 
+    @property
+    def complaint(self) -> str:
+        return ""
+
     def tensors(self, unit: Unit) -> dict[str, Tensor]:
         """Parameters and persistent buffers that a unit uses, by their names in the unsharded model."""
         found: dict[str, Tensor] = {}

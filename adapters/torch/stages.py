@@ -199,6 +199,7 @@ class TorchStages:
             nodes = self._pipeline.part.parts[stage]
             seeds = self._units.seeds(nodes, (*batch.seed, microbatch)) if batch.trains else None
             self._units.run(nodes, values, seeds)
+            self.error = self.error or self._units.complaint
         return values
 
     def _outputs(self, stage: int, values: Mapping[int, Any], kept: _Kept) -> dict[int, Bundle[Tensor]]:
@@ -218,7 +219,8 @@ class TorchStages:
         target = self._batch.y[microbatch]
         if self._batch.check and not microbatch:
             with torch.no_grad():
-                self.error = mean_error(self._loss, self._count, output, target, NESTS, lambda t: torch.cat([t, t]))
+                twice = lambda t: torch.cat([t, t])  # noqa: E731
+                self.error = self.error or mean_error(self._loss, self._count, output, target, NESTS, twice)
         loss = self._loss(output, target)
         if not self.error and (not isinstance(loss, Tensor) or loss.numel() != 1):
             self.error = f"loss returns one number, a mean; it returned {loss!r}."[:400]

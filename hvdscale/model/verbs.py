@@ -104,6 +104,11 @@ class Verbs(Protocol[T]):
 class Units(Protocol[T]):
     """A model as numbered units, each of which reads the outputs of earlier ones: what an adapter's stages run."""
 
+    @property
+    def complaint(self) -> str:
+        """What ``run`` found that a pipeline cannot do; empty if nothing."""
+        ...
+
     def seeds(self, nodes: Sequence[int], place: tuple[int, ...]) -> Any:
         """What ``nodes`` draw random numbers from in their pass of ``place``, which no other pass has."""
         ...

@@ -352,6 +352,123 @@ def test_ranks_and_batches_that_differ_are_told_and_training_goes_on(driver: Any
         hvd.shard_model(other, hvd.Mesh(pp=size), loss=squares)
 
 
+class Heavy(layers.Layer):
+    """Takes far longer than any other layer of these models, and holds next to nothing."""
+
+    def build(self, shape: Any) -> None:
+        self.scale = self.add_weight((8,), initializer="ones", name="scale")
+
+    def call(self, x: Any) -> Any:
+        y = ops.ones((400, 400)) * ops.mean(x)  # of x, or a graph computes it once
+        for _ in range(30):
+            y = ops.tanh(ops.matmul(y, y))
+        return x * self.scale + 1e-12 * ops.max(y)
+
+
+def test_stages_are_cut_by_measured_time(driver: Any, rank: int, size: int) -> None:
+    """By parameters, the wide layers in front would be cut apart."""
+    x, y = vectors()
+
+    def build() -> keras.Model:
+        wide = [layers.Dense(64), layers.Dense(8)]
+        return keras.Sequential(
+            [keras.Input((6,)), *wide, *(layers.ReLU() for _ in range(3)), Heavy(), layers.Dense(3)]
+        )
+
+    whole = build()
+    state = [driver.everyones(w)[0] for w in whole.get_weights()]
+    whole.set_weights(state)
+    expected = float(squares(whole(ops.convert_to_tensor(x)), ops.convert_to_tensor(y)))
+    cuts = {}
+    for balance in ("params", "time"):
+        model = build()
+        model.set_weights(state)
+        sharded = hvd.shard_model(
+            model,
+            hvd.Mesh(pp=size),
+            loss=squares,
+            microbatches=2,
+            balance=balance,
+            sample=x if balance == "time" else None,
+        )
+        cuts[balance] = sharded.pipeline.part.parts
+        assert float(sharded.eval_step(x, y)) == pytest.approx(expected, abs=1e-6)
+    if size > 1:
+        (alone,) = (part for part in cuts["time"] if 5 in part)  # the heavy one's
+        assert set(alone) <= {5, 6}
+        assert cuts["params"][0][-1] < 2
+        assert "balanced by time" in sharded.describe()
+        assert set(driver.everyones(np.array(cuts["time"][0]))[:, -1]) == {cuts["time"][0][-1]}
+
+
+class AddsALoss(layers.Layer):
+    def call(self, x: Any) -> Any:
+        self.add_loss(ops.mean(ops.square(x)))
+        return x
+
+
+def test_a_layer_that_adds_a_loss_is_refused_on_every_rank(driver: Any, size: int) -> None:
+    x, y = vectors()
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(8), layers.Dense(8), AddsALoss(), layers.Dense(3)])
+    sharded = hvd.shard_model(model, hvd.Mesh(pp=size), loss=squares, microbatches=2)
+    for _ in range(2):  # and again, though a graph is traced once
+        with pytest.raises(hvd.PlanError, match="adds a loss of its own, which a pipeline does not count"):
+            sharded.train_step(x, y)
+
+
+ALONG_DATA: dict[str, Any] = {
+    "LocalSGD": hvd.LocalSGD(2),
+    "warm-up, overlap": hvd.LocalSGD(3, warmup=2, fragments=2, overlap=1),
+}
+
+
+@pytest.mark.parametrize("plan", ALONG_DATA)
+def test_copies_of_a_pipeline_meet_in_rounds(driver: Any, rank: int, size: int, plan: str) -> None:
+    """Each copy trains on its own data, and each stage meets its twin; a shared weight stays one."""
+    if size % 2:
+        return
+    mesh = hvd.Mesh(dp=2, pp=size // 2)
+    model, (x, y) = MODELS["tied"], tokens()
+    sharded = shard("tied", size, mesh=mesh, microbatches=1)
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1, momentum=0.5), model=sharded, sync=ALONG_DATA[plan])
+    wholes = [fresh("tied") for _ in range(2)]
+    plains = [keras.optimizers.SGD(0.1, momentum=0.5) for _ in wholes]
+    rows = (slice(0, 8), slice(6, SAMPLES))
+    mine = rows[mesh.coordinates(rank).dp]
+    for step in range(1, 5):
+        _, found = sharded.train_step(x[mine], y[mine])
+        optimizer.apply(found, sharded.trainable_variables)
+        gradients = [
+            alone(model, whole, x[part], y[part], 1, program_of(sharded))[1]
+            for whole, part in zip(wholes, rows, strict=True)
+        ]
+        if plan == "warm-up, overlap" and step <= 2:
+            gradients = [[(a + b) / 2 for a, b in zip(*gradients, strict=True)]] * 2
+        for whole, plain, gradient in zip(wholes, plains, gradients, strict=True):
+            plain.apply([ops.convert_to_tensor(g) for g in gradient], whole.trainable_variables)
+        if plan != "warm-up, overlap" and step % 2 == 0:
+            average(wholes)
+    if plan == "warm-up, overlap":
+        optimizer.sync.flush()
+        average(wholes)
+    check_state(sharded, wholes[0], 1e-5)
+    optimizer.sync.flush()
+    assert optimizer.sync.metrics()["rounds"] >= 2
+
+
+def average(models: list[Any]) -> None:
+    means = [sum(same) / len(models) for same in zip(*(m.get_weights() for m in models), strict=True)]
+    for model in models:
+        model.set_weights(means)
+
+
+@pytest.mark.parametrize(("name", "way", "microbatches"), [("drawn", "1f1b", 7), ("skips", "recompute", 2)])
+def test_four_stages(driver: Any, size: int, name: str, way: str, microbatches: int) -> None:
+    """On four ranks; elsewhere the square above has had as many stages as there are ranks."""
+    if size == 4:
+        test_loss_and_gradients_are_those_of_one_process(driver, size, name, way, microbatches)
+
+
 def test_plain_tensorflow_has_the_same_names(driver: Any, size: int) -> None:
     """And says what it cannot shard."""
     if keras.backend.backend() != "tensorflow":

@@ -34,8 +34,9 @@ def step(sharded: Any, optimizer: Any) -> None:
     optimizer.apply(gradients, sharded.trainable_variables)
 
 
-def states_of(optimizer: Any) -> list[np.ndarray]:
-    return [array(v) for v in optimizer.variables]
+def kind(path: str) -> str:
+    """momentum, velocity, ..."""
+    return path.rpartition("/")[2].rpartition("_")[2]
 
 
 @pytest.mark.parametrize("maker", MAKERS)
@@ -56,7 +57,7 @@ def test_training_goes_on_in_one_process_and_on_another_mesh(driver: Any, rank: 
     state = sharded.optimizer_state_dict(optimizer)
     assert len(state) == len(plain.variables)
     for (path, value), variable in zip(state.items(), plain.variables, strict=True):
-        assert path.rpartition("_")[2] == variable.path.rpartition("_")[2]  # momentum, velocity, ...
+        assert kind(path) == kind(variable.path)
         np.testing.assert_allclose(value, array(variable), atol=1e-5, rtol=1e-4, err_msg=path)
     assert list(sharded.optimizer_state_dict(optimizer, root=size - 1)) == (list(state) if rank == size - 1 else [])
 
@@ -86,7 +87,7 @@ def test_state_that_does_not_fit_is_refused_on_every_rank(driver: Any, rank: int
     sharded, optimizer = shard(hvd.Mesh(pp=size), "AdamW", fresh("tied").get_weights())
     state = sharded.optimizer_state_dict(optimizer)
     other = keras.optimizers.SGD(0.1, momentum=0.9)
-    with pytest.raises(hvd.StateError, match="SGD over the whole model has 12 variables; state of"):
+    with pytest.raises(hvd.StateError, match="over the whole model has 11 variables; state of 38 came"):
         sharded.load_optimizer_state_dict(other, state)
     with pytest.raises(hvd.StateError, match="state of 1 came, and a has shape"):
         sharded.load_optimizer_state_dict(other, {"a": np.zeros((2, 2))})

@@ -31,8 +31,9 @@ class Part(Enum):
     EXCHANGES = f"(training or collectives or broadcast or desync or agree or differ) and {_GRADIENTS_ONLY}"
     PROCESS_SETS = "process_set"  # on 3 ranks the set of the even ones has two members, and one rank is outside
     GRADIENTS_AND_ROUNDS = _GRADIENTS_ONLY
-    # Two copies of a pipeline of two stages are four ranks.
-    ON_FOUR_RANKS = f"({_GRADIENTS_ONLY}) or meet_in_rounds"
+    # Two copies of a pipeline of two stages are four ranks, and so are two stages that are split over two.
+    ON_FOUR_RANKS = f"({_GRADIENTS_ONLY}) or meet_in_rounds or pipeline_state or split_stages"
+    FOUR_STAGES = "four_stages or (meet_in_rounds and pipeline)"
     WITH_UPDATES = "not (asynchronous or pipeline or features)"
     # One process differs in how steps are made, too.
     ALONE = f"(training or optimizer or collectives or broadcast) and {_GRADIENTS_ONLY}"
@@ -52,10 +53,12 @@ TABLE = [
     (TENSORFLOW, "alone", 1, Part.ALONE),
     (KERAS_TENSORFLOW, "mpirun", 2, Part.EVERYTHING),
     (KERAS_TENSORFLOW, "mpirun", 3, Part.PROCESS_SETS),
+    (KERAS_TENSORFLOW, "mpirun", 4, Part.FOUR_STAGES),
     (KERAS_TENSORFLOW, "horovodrun-gloo", 2, Part.EXCHANGES),
     (KERAS_TENSORFLOW, "alone", 1, Part.ALONE),
     (KERAS_TORCH, "mpirun", 2, Part.EVERYTHING),
     (KERAS_TORCH, "mpirun", 3, Part.PROCESS_SETS),
+    (KERAS_TORCH, "mpirun", 4, Part.FOUR_STAGES),
     (KERAS_TORCH, "horovodrun-gloo", 2, Part.EXCHANGES),
     (KERAS_TORCH, "alone", 1, Part.GRADIENTS_AND_ROUNDS),
 ]

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from tests.launcher import launch
 
 
-def test_a_model_too_big_for_one_process_trains_on_two() -> None:
+def test_a_model_is_too_big_for_one_process() -> None:
     alone = launch(["examples/too_big.py"], ranks=1, launcher="alone", deadline_seconds=200)
     assert alone.returncode == 1, alone.output
     assert "the model does not fit 900 MB a process" in alone.output
-    output = launch(["examples/too_big.py"], ranks=2, launcher="mpirun", deadline_seconds=300).check()
+
+
+@pytest.mark.parametrize("how", [(), ("--stages",)], ids=["features", "stages"])
+def test_it_trains_on_two(how: tuple[str, ...]) -> None:
+    output = launch(["examples/too_big.py", *how], ranks=2, launcher="mpirun", deadline_seconds=300).check()
     losses = [float(found) for found in re.findall(r"step \d  loss ([\d.]+)", output)]
     assert len(losses) == 3
     assert losses[-1] < losses[0]
