@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import sys
@@ -9,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Protocol
 
 __all__ = [
@@ -132,13 +133,28 @@ _NO_COLLECTIVE = {"close", "run_loopback"}
 def in_a_collective() -> bool:
     """Whether the main thread is inside a collective, of Horovod's or of this library's."""
     main = threading.main_thread().ident
-    frame = None if main is None else sys._current_frames().get(main)
+    frame = None if main is None else _frames().get(main)
     while frame is not None:
         module = str(frame.f_globals.get("__name__", ""))
         if module.startswith("horovod.") or (module in _COLLECTIVE and frame.f_code.co_name not in _NO_COLLECTIVE):
             return True
         frame = frame.f_back
     return False
+
+
+def _frames() -> dict[int, FrameType]:
+    """Where each thread stands.
+
+    Python 3.11 makes this list under a lock of the interpreter's own. A garbage collection meanwhile runs any code
+    there is to run at its end, and all threads stand still if that code waits for one that needs the same lock.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return sys._current_frames()
+    finally:
+        if collects:
+            gc.enable()
 
 
 def survivable() -> bool:

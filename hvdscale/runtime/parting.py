@@ -17,6 +17,8 @@ from hvdscale.runtime import health
 
 __all__ = ["Parting"]
 
+_LOOK_SECONDS = 0.1  # between two looks at where the script stands
+
 _NOT_SURVIVABLE = (
     "The others are to go on when a rank is gone, but mpirun ends a job when one of its processes dies. Start it "
     "with mpirun --enable-recovery; without it they go on only where a rank's script ends by itself."
@@ -56,6 +58,7 @@ class Parting:
         self._service, self._keep_going, self._patience_seconds = service, keep_going, patience_seconds
         self._survives = keep_going and health.survivable()
         self._stuck_since: float | None = None
+        self._looked = 0.0
         # Runs before Horovod's own end, whose handler was made earlier.
         atexit.register(self.at_exit)
         if self._survives:
@@ -94,7 +97,11 @@ class Parting:
 
     def watch(self) -> None:
         """End the job if the script waits in a collective to which a rank will never come. Called now and then."""
-        missing, now = self._service.missing, time.monotonic()
+        now = time.monotonic()
+        if now - self._looked < _LOOK_SECONDS:
+            return
+        self._looked = now
+        missing = self._service.missing
         if not missing or not health.in_a_collective():
             self._stuck_since = None
         elif self._stuck_since is None:

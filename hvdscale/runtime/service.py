@@ -66,7 +66,7 @@ class Service:
         self._outgoing: list[tuple[Ticket, int, Bytes]] = []
         self._abandoned: list[Bytes] = []  # on their way to ranks that are gone: MPI may still look at them
         self._broken: BaseException | None = None
-        self._closing = threading.Event()
+        self._closing = False
         self._thread = threading.Thread(target=self._run, name="hvdscale-service", daemon=True)
         self._parting = Parting(self, keep_going, patience_seconds, isinstance(post, MPIPost))
         self._thread.start()
@@ -139,18 +139,21 @@ class Service:
         """Whether others ask this rank."""
         return self._server is not None
 
+    def part(self) -> None:
+        """Leave soon, without waiting: the thread sends what is still to be sent, and tells whether this rank was done.
+
+        May be called wherever garbage is collected, in any thread: takes no lock that could be held there.
+        """
+        if not self._closing:
+            self._closing = True
+            self._own.put(None)
+            self._parting.forget()
+
     def close(self) -> None:
-        """Send what is still to be sent, and leave. Peers are told whether this rank was done."""
-        if self._closing.is_set():
-            return
-        self._closing.set()
-        self._own.put(None)
-        self._parting.forget()
+        """Leave, and return when the others were told."""
+        self.part()
         if threading.current_thread() is not self._thread:
-            self._thread.join(self._patience_seconds)
-        if self.idle and not self._thread.is_alive():
-            self._presence.say(News.DONE)
-            time.sleep(_GOODBYE_SECONDS if self._post.size > 1 else 0)
+            self._thread.join(2 * self._patience_seconds)
         self._post.close()
 
     def linger(self) -> None:
@@ -163,7 +166,7 @@ class Service:
 
     def _run(self) -> None:
         try:
-            while not self._closing.is_set():
+            while not self._closing:
                 if not self._look():
                     self._listen_to_self()
                 self.cpu_seconds = time.thread_time()
@@ -172,8 +175,13 @@ class Service:
             while self._outgoing and time.monotonic() < until:
                 self._forward()
                 time.sleep(_LOOK_SECONDS)
+            if self.idle:
+                self._presence.say(News.DONE)
+                time.sleep(_GOODBYE_SECONDS if self._post.size > 1 else 0)
         except BaseException as error:
             self._broken = error
+        if self._closing:
+            self._post.close()
 
     def _listen_to_self(self) -> None:
         try:

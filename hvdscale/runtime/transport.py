@@ -401,5 +401,5 @@ def run_loopback(size: int, body: Callable[[Transport], T], timeout_seconds: flo
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout_seconds)
+        thread.join(2 * timeout_seconds)  # who waits for a peer so long then says so itself
     return results

@@ -101,7 +101,7 @@ class Asynchronous:
         self._told = self._samples = 0.0  # since the last step, since the last push
         self._begun = False
         self._fresh = True  # nothing was pushed since everyone flushed
-        self._end = weakref.finalize(self, self._service.close)
+        self._end = weakref.finalize(self, self._service.part)
         self._end.atexit = False  # then the service's own handler parts, which may have to go on serving first
 
     # Steps ----------------------------------------------------------------------------------------------------

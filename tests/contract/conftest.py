@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -46,8 +48,12 @@ def size(hvd: Any) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that hangs prints where every thread stands and ends its rank, and with it the job."""
+    """A test that hangs prints where every thread stands and ends its rank, and with it the job.
+
+    So does a rank that another one's failing test ends: it may be the one that stands still.
+    """
     if ADAPTER:
+        faulthandler.register(signal.SIGTERM, file=sys.__stderr__, all_threads=True, chain=True)
         for item in items:
             item.add_marker(pytest.mark.timeout(300, method="thread"))
 

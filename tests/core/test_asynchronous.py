@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 
 from hvdscale.errors import DesyncError, HvdscaleError, PlanError, StateError, TransportError
 from hvdscale.runtime.post import open_post
+from hvdscale.runtime.service import Service
 from hvdscale.runtime.transport import SoloTransport, Transport, run_loopback
 from hvdscale.sync import Asynchronous, LocalSGD, ParameterServer, Reduction
 from hvdscale.sync.handle import LocalSync
@@ -279,6 +281,36 @@ def leave(trainer: Trainer) -> None:
     trainer.engine._service.close()
 
 
+def test_who_gives_up_a_service_does_not_wait_for_its_thread() -> None:
+    """An engine may be collected as garbage, in any thread: also where the service's thread can go no further."""
+    asked, go_on = threading.Event(), threading.Event()
+
+    class Slow:
+        def answer(self, source: int, message: Any) -> list[tuple[int, Any]]:
+            asked.set()
+            assert go_on.wait(30)
+            return [(source, message)]
+
+        def lose(self, rank: int) -> list[tuple[int, Any]]:
+            return []
+
+    def body(transport: Transport) -> Any:
+        service = Service(open_post(transport), False, [0], 30.0)
+        if transport.rank == 1:
+            got = service.ask({0: np.arange(3, dtype=np.uint8)})[0].tolist()
+            service.part()
+            return got
+        service.serve(Slow())
+        assert asked.wait(30)
+        service.part()  # returns, though the thread does not
+        went_on = service._thread.is_alive()
+        go_on.set()
+        service.close()
+        return went_on, service._thread.is_alive()
+
+    assert on_ranks(2, body) == [(True, False), [0, 1, 2]]
+
+
 def test_a_rank_may_shut_down_right_after_its_flush() -> None:
     """Rank 0 has its own answer, and shuts down while that to rank 1 is still to be sent."""
 
@@ -347,7 +379,7 @@ def test_a_rank_that_falls_silent_is_named_in_time() -> None:
         trainer = Trainer(plan, transport)
         trainer.train(3)
         if transport.rank:
-            trainer.engine._service._closing.set()  # its thread ends, as with the process
+            trainer.engine._service._look = sys.exit  # its thread ends, as with the process
             silent.wait(20)
             return 0.0
         started = time.monotonic()

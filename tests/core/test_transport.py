@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -121,6 +123,17 @@ def test_waiting_for_all_ranks_shows() -> None:
     assert seen == [True, True]
     assert not in_a_collective()
     assert run_loopback(1, lambda transport: in_a_collective()) == [False]
+
+
+def test_looking_where_threads_stand_collects_no_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is run at the end of garbage would run under a lock of the interpreter's own, and may wait for a thread."""
+    collects: list[bool] = []
+    look = sys._current_frames
+    monkeypatch.setattr(sys, "_current_frames", lambda: collects.append(gc.isenabled()) or look())
+    assert gc.isenabled()
+    in_a_collective()
+    assert collects == [False]
+    assert gc.isenabled()
 
 
 def test_a_world_of_one() -> None:
