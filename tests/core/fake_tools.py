@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from hvdscale.runtime.horovod_build import HOROVOD, Source
+from hvdscale.runtime.horovod_build import HOROVOD, Edit, Source
 
 SETUP_PY = """\
 import json, os, pathlib, sys, time
@@ -51,8 +51,13 @@ def make_files(*, without: str = "", twice: str = "") -> dict[str, str]:
     files = {"setup.py": SETUP_PY, "horovod/__init__.py": ""}
     for edit in HOROVOD.edits:
         copies = {without: 0, twice: 2}.get(edit.file, 1)
-        files[edit.file] = f"# before\n{(edit.find.rstrip() + chr(10)) * copies}# after\n"
+        files[edit.file] = files.get(edit.file, "# before\n") + lines_of(edit) * copies
     return files
+
+
+def lines_of(edit: Edit) -> str:
+    """Lines in which ``edit`` matches once."""
+    return edit.find.rstrip() + "\n"
 
 
 def make_archive(folder: Path, files: Mapping[str, str]) -> Source:

@@ -22,7 +22,8 @@ from hvdscale.runtime.horovod_build.cache import (
     cache_folder,
     sha256_of,
 )
-from hvdscale.runtime.horovod_build.source import HOROVOD, Source, environment, fetch_source, unpack
+from hvdscale.runtime.horovod_build.edits import HOROVOD
+from hvdscale.runtime.horovod_build.source import Source, environment, fetch_source, unpack
 from hvdscale.runtime.horovod_build.toolchain import Toolchain, find_toolchain, tool_path
 from hvdscale.runtime.process import Finished, stream
 from hvdscale.runtime.settings import usable_cores

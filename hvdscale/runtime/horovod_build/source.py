@@ -14,7 +14,7 @@ from pathlib import Path
 from hvdscale.errors import BuildError
 from hvdscale.runtime.process import Finished
 
-__all__ = ["HOROVOD", "Edit", "Run", "Source", "check_archive", "environment", "fetch_source", "unpack"]
+__all__ = ["Edit", "Run", "Source", "check_archive", "environment", "fetch_source", "unpack"]
 
 Run = Callable[[Sequence[str], Path], Finished]
 """Runs a command in a folder and keeps its output in the build's log."""
@@ -69,32 +69,6 @@ class Source:
         """SHA-256 of what the edits change (not of why)."""
         changes = [{k: v for k, v in asdict(edit).items() if k != "why"} for edit in self.edits]
         return hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()
-
-
-_EDITS = (
-    Edit(
-        "CMakeLists.txt",
-        "set(CMAKE_CXX_STANDARD 14)",
-        'set(CMAKE_CXX_STANDARD 17)\nset(CMAKE_BUILD_RPATH "$ORIGIN/../../../..")',
-        "TensorFlow's headers need C++17; and a cached wheel must find libmpi in the environment it is installed in, "
-        "not in the one it was built in",
-    ),
-    Edit(
-        "horovod/torch/CMakeLists.txt",
-        "    set(CMAKE_CXX_STANDARD 14)",
-        "    set(CMAKE_CXX_STANDARD 20)",
-        "PyTorch's headers need C++20",
-    ),
-    Edit(
-        "horovod/tensorflow/CMakeLists.txt",
-        'list(APPEND TF_SOURCES "${PROJECT_SOURCE_DIR}/horovod/tensorflow/xla_mpi_ops.cc")\n',
-        "",
-        "the opt-in XLA operations need a header that TensorFlow's wheels no longer carry",
-    ),
-)
-
-
-HOROVOD = Source("0.28.1", "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0", _EDITS)
 
 
 def check_archive(path: Path, expected_sha256: str) -> None:

@@ -1,0 +1,118 @@
+"""The release of Horovod that is built, and every change to its source, with the reason."""
+
+from __future__ import annotations
+
+from hvdscale.runtime.horovod_build.source import Edit, Source
+
+__all__ = ["HOROVOD"]
+
+_COMPILE = (
+    Edit(
+        "CMakeLists.txt",
+        "set(CMAKE_CXX_STANDARD 14)",
+        'set(CMAKE_CXX_STANDARD 17)\nset(CMAKE_BUILD_RPATH "$ORIGIN/../../../..")',
+        "TensorFlow's headers need C++17; and a cached wheel must find libmpi in the environment it is installed in, "
+        "not in the one it was built in",
+    ),
+    Edit(
+        "horovod/torch/CMakeLists.txt",
+        "    set(CMAKE_CXX_STANDARD 14)",
+        "    set(CMAKE_CXX_STANDARD 20)",
+        "PyTorch's headers need C++20",
+    ),
+    Edit(
+        "horovod/tensorflow/CMakeLists.txt",
+        'list(APPEND TF_SOURCES "${PROJECT_SOURCE_DIR}/horovod/tensorflow/xla_mpi_ops.cc")\n',
+        "",
+        "the opt-in XLA operations need a header that TensorFlow's wheels no longer carry",
+    ),
+)
+
+_CLOSED = (
+    "an operation that is started in the moment in which Horovod stops came to a queue that nobody looks at any more, "
+    "and its rank waited for ever; now the queue is closed, and the operation fails like any later one"
+)
+
+_CLOSE_QUEUES = (
+    Edit(
+        "horovod/common/tensor_queue.h",
+        "  void FinalizeTensorQueue(const Status& status);\n",
+        "  void FinalizeTensorQueue(const Status& status);\n\n  void Reopen();\n",
+        _CLOSED,
+    ),
+    Edit(
+        "horovod/common/tensor_queue.h",
+        "  mutable std::mutex mutex_;\n",
+        "  mutable std::mutex mutex_;\n\n  bool closed_ = false;\n",
+        _CLOSED,
+    ),
+    Edit(
+        "horovod/common/tensor_queue.cc",
+        "  std::lock_guard<std::mutex> guard(mutex_);\n  if (tensor_table_.find(e.tensor_name)",
+        "  std::lock_guard<std::mutex> guard(mutex_);\n  if (closed_) {\n    return SHUT_DOWN_ERROR;\n  }\n"
+        "  if (tensor_table_.find(e.tensor_name)",
+        _CLOSED,
+    ),
+    Edit(
+        "horovod/common/tensor_queue.cc",
+        "  std::lock_guard<std::mutex> guard(mutex_);\n\n  for (std::size_t i = 0; i < entries.size(); ++i) {",
+        "  std::lock_guard<std::mutex> guard(mutex_);\n  if (closed_) {\n    return SHUT_DOWN_ERROR;\n  }\n"
+        "  for (std::size_t i = 0; i < entries.size(); ++i) {",
+        _CLOSED,
+    ),
+    Edit(
+        "horovod/common/tensor_queue.cc",
+        "  std::lock_guard<std::mutex> guard(mutex_);\n  for (auto& e : tensor_table_) {",
+        "  std::lock_guard<std::mutex> guard(mutex_);\n  closed_ = true;\n  for (auto& e : tensor_table_) {",
+        _CLOSED,
+    ),
+    Edit(
+        "horovod/common/tensor_queue.cc",
+        "// Helper function to get list of allreduced tensor names and total size for\n",
+        "// After a shutdown Horovod may be started again.\nvoid TensorQueue::Reopen() {\n"
+        "  std::lock_guard<std::mutex> guard(mutex_);\n  closed_ = false;\n}\n\n"
+        "// Helper function to get list of allreduced tensor names and total size for\n",
+        _CLOSED,
+    ),
+    *(
+        Edit(
+            "horovod/common/process_set.cc",
+            f'  LOG(TRACE) << "Initializing new process set with {controller}: "\n',
+            f'  tensor_queue.Reopen();\n  LOG(TRACE) << "Initializing new process set with {controller}: "\n',
+            _CLOSED,
+        )
+        for controller in ("MPI", "Gloo")
+    ),
+)
+
+_LET_GO_OF_PYTHON = (
+    Edit(
+        "horovod/torch/mpi_ops_v2.cc",
+        "PYBIND11_MODULE(mpi_lib_v2, m) {\n",
+        """
+// What starts an operation lets go of Python's lock; what waits for one does so by itself.
+struct Definitions {
+  py::module_& module;
+
+  template <class Function> void def(const std::string& name, Function function) {
+    if (name == "horovod_torch_poll" || name == "horovod_torch_wait_and_clear" || name == "horovod_torch_reset") {
+      module.def(name.c_str(), function);
+    } else {
+      module.def(name.c_str(), function, py::call_guard<py::gil_scoped_release>());
+    }
+  }
+};
+
+PYBIND11_MODULE(mpi_lib_v2, defined) {
+  Definitions m{defined};
+""",
+        "in PyTorch of today a thread that gives up a tensor needs Python's lock: Horovod's does so under locks of its "
+        "own, for which a rank that starts an operation waited with Python's lock in hand, and both for ever",
+    ),
+)
+
+HOROVOD = Source(
+    "0.28.1",
+    "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0",
+    (*_COMPILE, *_CLOSE_QUEUES, *_LET_GO_OF_PYTHON),
+)
