@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hvdscale.sync import Reduction
 from hvdscale.torch.gradients import HOROVOD_OPS
-from hvdscale.torch.wire import from_wire, movable
+from hvdscale.torch.wire import from_wire, movable, reducible
 from hvdscale.update import Bucket
 
 __all__ = ["Arrival", "Carrier", "carrier_of"]
@@ -53,12 +53,12 @@ class _Slices:
 
     def reduce(self, flat: Tensor, bucket: Bucket, name: str) -> Arrival:
         packed, context = self._compression.compress(flat)
-        handle = _horovod.reducescatter_async(packed, name, self._op, self._process_set, *self._scales)
+        handle = _horovod.reducescatter_async(reducible(packed), name, self._op, self._process_set, *self._scales)
         self.sent_bytes += packed.nbytes * (self._ranks - 1) // self._ranks
 
         def arrive() -> Callable[[], Tensor]:
             share = self._forward(_horovod.synchronize(handle), name)
-            return lambda: self._compression.decompress(share(), context)
+            return lambda: self._compression.decompress(from_wire(share(), packed), context)
 
         return arrive
 
@@ -69,7 +69,7 @@ class _Slices:
     def spread(self, share: Tensor, bucket: Bucket, name: str) -> Callable[[], Tensor]:
         handle = _horovod.allgather_async(movable(share), name, self._process_set)
         self.sent_bytes += share.nbytes * (self._ranks - 1)
-        return lambda: from_wire(_horovod.synchronize(handle), share.dtype)
+        return lambda: from_wire(_horovod.synchronize(handle), share)
 
 
 class _Centre(_Slices):
@@ -89,4 +89,4 @@ class _Centre(_Slices):
         root = (self._process_set.ranks or [0])[0]
         handle = _horovod.broadcast_async_(movable(whole), root, name, self._process_set)
         self.sent_bytes += whole.nbytes * (self._ranks - 1) if centre else 0
-        return lambda: from_wire(_horovod.synchronize(handle), whole.dtype)
+        return lambda: from_wire(_horovod.synchronize(handle), whole)

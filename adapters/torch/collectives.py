@@ -35,7 +35,7 @@ def allgather_async(tensor: Tensor, name: str | None = None, process_set: Proces
 def allgather(tensor: Tensor, name: str | None = None, process_set: ProcessSet = global_process_set) -> Tensor:
     """The tensors of all ranks joined along the first axis, which may differ in length. Differentiable."""
     output = _horovod.allgather(movable(tensor), name, process_set)
-    return from_wire(with_plain_gradient(output), tensor.dtype)
+    return from_wire(with_plain_gradient(output), tensor)
 
 
 def grouped_allgather_async(
@@ -51,7 +51,7 @@ def grouped_allgather(
 ) -> list[Tensor]:
     """``allgather`` of several tensors that complete together. Differentiable."""
     outputs = _horovod.grouped_allgather([movable(t) for t in tensors], name, process_set)
-    return [from_wire(with_plain_gradient(o), t.dtype) for o, t in zip(outputs, tensors, strict=True)]
+    return [from_wire(with_plain_gradient(o), t) for o, t in zip(outputs, tensors, strict=True)]
 
 
 def broadcast_async(
@@ -67,7 +67,7 @@ def broadcast(
 ) -> Tensor:
     """The tensor of rank ``root_rank`` (a global rank), as a new tensor. Differentiable."""
     output = _horovod.broadcast(movable(tensor), root_rank, name, process_set)
-    return from_wire(with_plain_gradient(output), tensor.dtype)
+    return from_wire(with_plain_gradient(output), tensor)
 
 
 def broadcast_async_(
@@ -93,10 +93,11 @@ def alltoall_async(
 ) -> Handle:
     """Start ``alltoall``; the result is always ``(tensor, received splits)``, as in Horovod."""
     sent = movable(tensor.detach())
-    handle = _horovod.alltoall_async(sent, splits, name, process_set)
-    if sent.dtype == tensor.dtype:
+    handle = _horovod.alltoall_async(sent, _counts(splits), name, process_set)
+    if (sent.dtype, sent.device) == (tensor.dtype, tensor.device):
         return handle
-    return then(handle, lambda output: (from_wire(output[0], tensor.dtype), output[1]))
+    like = tensor.new_empty(0)
+    return then(handle, lambda output: (from_wire(output[0], like), output[1]))
 
 
 def alltoall(
@@ -114,7 +115,11 @@ def alltoall(
     Returns:
         The joined tensor, and with ``splits`` also how many rows came from each rank.
     """
-    output = _horovod.alltoall(movable(tensor), splits, name, process_set)
+    output = _horovod.alltoall(movable(tensor), _counts(splits), name, process_set)
     if splits is None:
-        return from_wire(with_plain_gradient(output), tensor.dtype)
-    return from_wire(with_plain_gradient(output[0]), tensor.dtype), output[1]
+        return from_wire(with_plain_gradient(output), tensor)
+    return from_wire(with_plain_gradient(output[0]), tensor), output[1]
+
+
+def _counts(splits: Any) -> Any:
+    return movable(splits) if isinstance(splits, Tensor) else splits

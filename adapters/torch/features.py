@@ -21,6 +21,7 @@ from hvdscale.model.ways import share_line
 from hvdscale.runtime.agreement import Fingerprint, agree
 from hvdscale.runtime.team import Team
 from hvdscale.torch.broadcast import broadcast_parameters
+from hvdscale.torch.host import in_memory
 from hvdscale.torch.lazy import materialise
 from hvdscale.torch.parallel_attention import HeadParallelAttention
 from hvdscale.torch.parallel_layers import (
@@ -31,6 +32,7 @@ from hvdscale.torch.parallel_layers import (
     keep_part,
     sizes_of,
 )
+from hvdscale.torch.randomness import set_state, state_of
 from hvdscale.torch.roles import Part, find_parts
 from hvdscale.torch.runtime import control, world
 from hvdscale.torch.sharded import ShardedModel
@@ -118,7 +120,7 @@ def split_layers(model: nn.Module, mesh: Mesh, rules: Rules) -> tuple[dict[str, 
     empty = [n for n, t in model.state_dict().items() if t.is_meta]
     facts = {"mesh": mesh, "sharded": "by features", "on the meta device": ", ".join(empty)}
     agree(Fingerprint.of(tensors, facts), control(), "the model to be sharded")
-    _same_random_state(mesh)
+    _same_random_state(model, mesh)
     _take_parts(model, layout, team)
     convert_layers(model, parts, team, model)
     return parts, layout
@@ -232,7 +234,7 @@ def take_parts(local: Mapping[str, Tensor], layout: Layout, team: Team, stage: T
         if id(tensor) in taken:
             continue
         taken.add(id(tensor))
-        bits = tensor.detach().contiguous().view(-1).view(torch.uint8) if tensor.numel() else None
+        bits = in_memory(tensor).view(-1).view(torch.uint8) if tensor.numel() else None
         if bits is not None:
             first = torch.from_numpy(stage.first(bits.numpy())).view(tensor.dtype).view(tensor.shape)
             tensor.data.copy_(first)
@@ -242,10 +244,10 @@ def take_parts(local: Mapping[str, Tensor], layout: Layout, team: Team, stage: T
             keep_part(tensor, split, team)
 
 
-def _same_random_state(mesh: Mesh) -> None:
+def _same_random_state(model: nn.Module, mesh: Mesh) -> None:
     """Dropout outside the split layers must be the same on all ranks of a copy: they go on from its first rank's."""
     team = team_along(mesh, "pp", "tp")
-    torch.set_rng_state(torch.from_numpy(team.first(torch.get_rng_state().numpy()).copy()))
+    set_state(model, torch.from_numpy(team.first(state_of(model).numpy()).copy()))
 
 
 def _leave_fast_paths(model: nn.Module) -> None:
@@ -266,7 +268,7 @@ def _watch_inputs(model: nn.Module, team: Team) -> None:
     def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not module.training:
             return
-        digest = xxhash.xxh64(torch.get_rng_state().numpy().tobytes())
+        digest = xxhash.xxh64(state_of(model).numpy().tobytes())
         random = digest.intdigest()
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor):

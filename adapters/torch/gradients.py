@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hvdscale.errors import PlanError
 from hvdscale.sync import Reduction
-from hvdscale.torch.wire import from_wire, movable, reducible
+from hvdscale.torch.wire import all_reducible, from_wire, movable, summed_as
 
 __all__ = ["HOROVOD_OPS", "Finish", "launch", "reduce_gradients"]
 
@@ -114,7 +114,7 @@ def _launch_dense(
     in_place: bool,
 ) -> Finish:
     packed = [compression.compress(g) for g in gradients]
-    sent = [reducible(tensor) for tensor, _ in packed]
+    sent = all_reducible([tensor for tensor, _ in packed])
     before, after = reduction.scales() if reduction.op == "average" else (1.0, 1.0)
     flights: list[tuple[list[int], int]] = []
     for positions in _by_dtype(sent):
@@ -138,7 +138,7 @@ def _launch_dense(
             outputs = _horovod.synchronize(handle)
             for i, output in zip(positions, outputs if len(positions) > 1 else [outputs], strict=True):
                 tensor, context = packed[i]
-                result = compression.decompress(from_wire(output, tensor.dtype), context)
+                result = compression.decompress(from_wire(output, tensor), context)
                 if not in_place:
                     results[i] = result
                 elif not _same_memory(result, gradients[i]):
@@ -158,14 +158,15 @@ def _launch_sparse(
     gradient = gradient.coalesce()
     rows = gradient.indices().t().contiguous()  # [entries, sparse dims]: gathers join the first axis
     packed, context = compression.compress(gradient.values())  # [entries, dense dims...]
-    row_handle = _horovod.allgather_async(rows, name=f"{name}.rows", process_set=process_set)
+    row_handle = _horovod.allgather_async(movable(rows), name=f"{name}.rows", process_set=process_set)
     value_handle = _horovod.allgather_async(movable(packed), name=f"{name}.values", process_set=process_set)
 
     def finish() -> Tensor:
-        values = from_wire(_horovod.synchronize(value_handle), packed.dtype)
+        values = from_wire(_horovod.synchronize(value_handle), packed)
         values = values.reshape(-1, *gradient.values().shape[1:])
-        everyone = _horovod.synchronize(row_handle).reshape(-1, gradient.sparse_dim()).t()
-        wide = reducible(compression.decompress(values, context))
+        everyone = from_wire(_horovod.synchronize(row_handle), rows).reshape(-1, gradient.sparse_dim()).t()
+        plain = compression.decompress(values, context)
+        wide = plain.to(summed_as(plain.dtype))
         total = torch.sparse_coo_tensor(everyone, wide, gradient.shape, check_invariants=False).coalesce()
         if reduction.op == "average":
             total = total / process_set.size()

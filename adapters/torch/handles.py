@@ -69,13 +69,13 @@ def forget_all() -> None:
 
 
 def returning(handle: int, tensors: Sequence[Tensor], sent: Sequence[Tensor], group: bool = False) -> int:
-    """Give results back in the dtypes they were sent in."""
-    dtypes = [t.dtype for t in tensors]
-    if [s.dtype for s in sent] == dtypes:
+    """Give results back in the dtypes and on the devices they were sent from."""
+    if [(s.dtype, s.device) for s in sent] == [(t.dtype, t.device) for t in tensors]:
         return handle
+    likes = [t.new_empty(0) for t in tensors]
     if not group:
-        return then(handle, lambda output: from_wire(output, dtypes[0]))
-    return then(handle, lambda outputs: tuple(map(from_wire, outputs, dtypes)))
+        return then(handle, lambda output: from_wire(output, likes[0]))
+    return then(handle, lambda outputs: tuple(map(from_wire, outputs, likes)))
 
 
 def overwriting(handle: int, tensors: Sequence[Tensor], group: bool = False) -> int:
@@ -83,7 +83,7 @@ def overwriting(handle: int, tensors: Sequence[Tensor], group: bool = False) -> 
 
     def finish(outputs: Any) -> Any:
         for tensor, output in zip(tensors, outputs if group else [outputs], strict=True):
-            result = from_wire(output, tensor.dtype)
+            result = from_wire(output, tensor)
             if result.data_ptr() != tensor.data_ptr():
                 tensor.detach().copy_(result)
         return tuple(tensors) if group else tensors[0]

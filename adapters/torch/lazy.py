@@ -74,7 +74,7 @@ def materialise_own(part: nn.Module, where: str, known: dict[int, Tensor]) -> bo
                 "device and no reset_parameters() that would give them values. Add one, or build it off the meta "
                 "device; a layer of a pipeline can be given as hvd.Lazy(...), too."
             )
-        part.to_empty(device="cpu", recurse=False)
+        part.to_empty(device=torch.get_default_device(), recurse=False)
         if isinstance(part, nn.MultiheadAttention):  # its reset changes what its output layer drew
             materialise(part.out_proj, f"{where}.out_proj", known)
         reset()

@@ -28,6 +28,7 @@ from hvdscale.torch.bundles import NESTS
 from hvdscale.torch.capture import capture
 from hvdscale.torch.channel import open_post
 from hvdscale.torch.features import convert_layers, placements_of, splits_of, take_parts
+from hvdscale.torch.host import in_memory
 from hvdscale.torch.placing import Names, build, give_up, tie, tied_parameters
 from hvdscale.torch.program import Program, from_layers
 from hvdscale.torch.randomness import apart
@@ -224,7 +225,7 @@ def _units(model: Any, by: str, staging: Staging) -> tuple[Program, str]:
 
 def _share(post: Post, pipeline: Pipeline, tied: Sequence[Tensor | None]) -> None:
     """Shared parameters start from the values of the first rank that holds them."""
-    flat = [None if p is None else p.detach().contiguous().view(-1) for p in tied]
+    flat = [None if p is None else in_memory(p).view(-1) for p in tied]
     views = [None if f is None else f.view(torch.uint8).numpy() for f in flat]
     for number in share_ties(post, pipeline, views):
         parameter, values = tied[number], flat[number]

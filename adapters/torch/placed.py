@@ -19,6 +19,7 @@ from hvdscale.errors import StateError
 from hvdscale.runtime.patience import patience
 from hvdscale.sync import EveryStep, Reduction
 from hvdscale.torch.carriers import carrier_of
+from hvdscale.torch.host import travels_by_host
 from hvdscale.torch.placed_reducer import PlacedReducer
 from hvdscale.torch.placed_state import State, cut_state, gather_state, state_bytes
 from hvdscale.torch.runtime import world
@@ -149,7 +150,8 @@ class PlacedUpdate:
         if self._slices is not None:
             self._optimizer.state = self._gather()  # type: ignore[assignment]
         parameters = [self._parameters[position] for position in positions]
-        slow = world().launch.spans_hosts or any(p.device.type != "cpu" for p in parameters)
+        fast = all(p.device.type == "cpu" or travels_by_host(p) for p in parameters)
+        slow = world().launch.spans_hosts or not fast
         placement = place(
             self.update,
             positions,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hvdscale.torch.collectives import allgather_async
 from hvdscale.torch.handles import CompoundHandle, Handle, overwriting, returning, synchronize, with_plain_gradient
-from hvdscale.torch.wire import from_wire, reducible
+from hvdscale.torch.wire import all_reducible, from_wire, reducible
 
 __all__ = [
     "allreduce",
@@ -97,7 +97,7 @@ def allreduce(
         postscale_factor=postscale_factor,
         process_set=process_set,
     )
-    return compression.decompress(from_wire(with_plain_gradient(output), packed.dtype), context)
+    return compression.decompress(from_wire(with_plain_gradient(output), packed), context)
 
 
 def allreduce_(
@@ -123,7 +123,7 @@ def grouped_allreduce_async(
     process_set: ProcessSet = global_process_set,
 ) -> Handle:
     """Start all-reduces that complete together, into new tensors. See ``allreduce``."""
-    sent = [reducible(t.detach()) for t in tensors]
+    sent = all_reducible([t.detach() for t in tensors])
     handle = _horovod.grouped_allreduce_async(sent, average, name, op, prescale_factor, postscale_factor, process_set)
     return returning(handle, tensors, sent, group=True)
 
@@ -138,7 +138,7 @@ def grouped_allreduce_async_(
     process_set: ProcessSet = global_process_set,
 ) -> Handle:
     """Start all-reduces that complete together and overwrite ``tensors``. See ``allreduce``."""
-    sent = [reducible(t.detach()) for t in tensors]
+    sent = all_reducible([t.detach() for t in tensors])
     handle = _horovod.grouped_allreduce_async_(sent, average, name, op, prescale_factor, postscale_factor, process_set)
     return overwriting(handle, tensors, group=True)
 
@@ -156,7 +156,7 @@ def grouped_allreduce(
     """``allreduce`` of several tensors that complete together. Differentiable."""
     packed = [compression.compress(t) for t in tensors]
     outputs = _horovod.grouped_allreduce(
-        [reducible(t) for t, _ in packed],
+        all_reducible([t for t, _ in packed]),
         average,
         name,
         op=op,
@@ -165,7 +165,7 @@ def grouped_allreduce(
         process_set=process_set,
     )
     return [
-        compression.decompress(from_wire(with_plain_gradient(output), tensor.dtype), context)
+        compression.decompress(from_wire(with_plain_gradient(output), tensor), context)
         for output, (tensor, context) in zip(outputs, packed, strict=True)
     ]
 
@@ -240,7 +240,7 @@ def reducescatter(
         prescale_factor=prescale_factor,
         postscale_factor=postscale_factor,
     )
-    return compression.decompress(from_wire(with_plain_gradient(output), packed.dtype), context)
+    return compression.decompress(from_wire(with_plain_gradient(output), packed), context)
 
 
 def grouped_reducescatter_async(
@@ -252,7 +252,7 @@ def grouped_reducescatter_async(
     postscale_factor: float = 1.0,
 ) -> Handle:
     """Start ``grouped_reducescatter``."""
-    sent = [reducible(t.detach()) for t in tensors]
+    sent = all_reducible([t.detach() for t in tensors])
     handle = _horovod.grouped_reducescatter_async(sent, name, op, process_set, prescale_factor, postscale_factor)
     return returning(handle, tensors, sent, group=True)
 
@@ -269,7 +269,7 @@ def grouped_reducescatter(
     """``reducescatter`` of several tensors that complete together. Differentiable."""
     packed = [compression.compress(t) for t in tensors]
     outputs = _horovod.grouped_reducescatter(
-        [reducible(t) for t, _ in packed],
+        all_reducible([t for t, _ in packed]),
         name,
         op=op,
         process_set=process_set,
@@ -277,6 +277,6 @@ def grouped_reducescatter(
         postscale_factor=postscale_factor,
     )
     return [
-        compression.decompress(from_wire(with_plain_gradient(output), tensor.dtype), context)
+        compression.decompress(from_wire(with_plain_gradient(output), tensor), context)
         for output, (tensor, context) in zip(outputs, packed, strict=True)
     ]

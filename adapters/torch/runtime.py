@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import horovod.torch as _horovod
@@ -12,6 +13,7 @@ import torch
 from hvdscale.runtime.session import Membership, join, prepare
 from hvdscale.runtime.transport import RankSet
 from hvdscale.torch.handles import forget_all
+from hvdscale.torch.host import settle_way
 from hvdscale.torch.unnamed import count_anew, name_the_unnamed
 
 __all__ = ["control", "elastic", "init", "runtime_settings", "shutdown", "world"]
@@ -40,7 +42,9 @@ def init(comm: Any = None, process_sets: Sequence[Any] | str | None = None) -> N
     name_the_unnamed()
     count_anew()
     _horovod.init(comm, process_sets)
-    _membership.enter(join(preparation, _horovod, _gather, comm))
+    joined = join(preparation, _horovod, _gather, comm)
+    way = settle_way(_horovod, joined.transport)
+    _membership.enter(replace(joined, settings=(*joined.settings, *way)))
 
 
 def shutdown() -> None:

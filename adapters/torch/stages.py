@@ -18,6 +18,7 @@ from hvdscale.model.pipeline import INPUT, Pipeline
 from hvdscale.model.verbs import Bundle, Bytes, Spec, Units
 from hvdscale.torch.bundles import NESTS
 from hvdscale.torch.deferred import WeightsLater
+from hvdscale.torch.host import in_memory
 from hvdscale.torch.randomness import apart
 
 __all__ = ["TorchStages"]
@@ -60,6 +61,8 @@ class TorchStages:
         self._splits = pipeline.method == "zb"
         self._kept: dict[tuple[int, int], _Kept] = {}
         self._changing: dict[int, list[Tensor]] = {}  # by stage: buffers that a forward pass changes
+        # Where this rank computes. Messages are received into the host's memory.
+        self._device = next((p.device for p in parameters), torch.device("cpu"))
         self._before: list[Tensor | None] = []  # gradients of shared parameters from earlier steps
         self._batch = Batch((), (), (), False, ())
         self.losses: dict[int, float] = {}
@@ -129,7 +132,7 @@ class TorchStages:
         starts: list[Tensor | None] = []
         for target, tensors in kept.outputs.items():
             roots += tensors
-            starts += gradients[target]
+            starts += [start.to(root.device) for root, start in zip(tensors, gradients[target], strict=True)]
         if kept.loss is not None and kept.loss.requires_grad:
             roots.append(kept.loss)
             starts.append(None)
@@ -164,9 +167,9 @@ class TorchStages:
         parameter, before = self._tied[number], self._before[number]
         assert parameter is not None, "another rank holds this one"
         with torch.no_grad():
-            total = parts[0].clone()
+            total = parts[0].to(parameter.device, copy=True)
             for part in parts[1:]:
-                total += part
+                total += part.to(parameter.device)
             parameter.grad = total if before is None else before.add_(total)
 
     def ready(self, stage: int) -> None:
@@ -177,20 +180,21 @@ class TorchStages:
         return Spec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.requires_grad)
 
     def view(self, tensor: Tensor) -> Bytes:
-        flat = tensor.detach().contiguous().reshape(-1)
+        flat = in_memory(tensor).reshape(-1)
         view: Bytes = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
         return view
 
     def empty(self, spec: Spec) -> Tensor:
-        return torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), requires_grad=spec.grad)
+        return torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), requires_grad=spec.grad, device="cpu")
 
     def _run(self, stage: int, microbatch: int, kept: _Kept) -> dict[int, Any]:
         """Values of the stage's units, and of those it reads."""
         batch, values = self._batch, dict[int, Any]()
         for source, bundle in kept.inputs.items():
             packed = json.loads(bundle.structure)
+            here = [tensor.to(self._device) for tensor in bundle.tensors]  # its gradient goes the way back
             for node, one in zip(self._pipeline.crossing[source, stage], packed, strict=True):
-                values[node] = NESTS.unpack(one, bundle.tensors)
+                values[node] = NESTS.unpack(one, here)
         if stage == 0:
             values[INPUT] = batch.x[microbatch]
         if self._splits and batch.trains:

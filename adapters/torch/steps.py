@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from hvdscale._version import __version__
 from hvdscale.runtime import timeline
 from hvdscale.sync import EveryStep, LocalPlan, Reduction
+from hvdscale.torch.reductions import allreduce
 
 __all__ = ["Attachment", "Exchange", "StepsOnParameters", "Terms", "after_step", "before_step"]
 
@@ -149,7 +150,7 @@ def _on_all_ranks(closure: Callable[[], Any], held: Attachment, exchange: Exchan
             return loss
         value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
         op = _horovod.Sum if held.terms.reduction.op == "sum" else _horovod.Average
-        total = _horovod.allreduce(
+        total = allreduce(
             value.double(), op=op, name=f"hvdscale.{held.number}.loss", process_set=held.terms.process_set
         )
         return total.to(value.dtype) if isinstance(loss, Tensor) else float(total)

@@ -56,7 +56,7 @@ def measure(program: Program, sample: Any) -> list[Cost]:
                 return tensor
 
             counter = FlopCounterMode(display=False)
-            start = time.perf_counter()
+            start = _now(program.root)
             with saved_tensors_hooks(note, lambda tensor: tensor):
                 if on_meta:
                     with counter:
@@ -71,7 +71,7 @@ def measure(program: Program, sample: Any) -> list[Cost]:
                 cost.work = 3.0 * counter.get_total_flops()
             else:
                 _backward(program, number, given, tensors)
-                times.append(time.perf_counter() - start)
+                times.append(_now(program.root) - start)
         if times:
             cost.work = min(times)
         values[number] = NESTS.map(lambda t: t.detach(), output)
@@ -81,6 +81,14 @@ def measure(program: Program, sample: Any) -> list[Cost]:
             if name in state:
                 buffer.copy_(state[name])
     return costs
+
+
+def _now(model: nn.Module) -> float:
+    """Seconds, once what was asked of the model's device is done."""
+    device = next((p.device for p in model.parameters()), None)
+    if device is not None and device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 def _leaf(tensor: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from hvdscale.torch.adasum import check_adasum
 from hvdscale.torch.broadcast import broadcast_optimizer_state, broadcast_parameters
 from hvdscale.torch.distributed import DistributedMixin, distribute
 from hvdscale.torch.gradients import HOROVOD_OPS
+from hvdscale.torch.host import travels_by_host
 from hvdscale.torch.names import names_by_id, parameter_names
 from hvdscale.torch.placed_checks import check_placed, sparse_parameters
 from hvdscale.torch.runtime import world
@@ -159,9 +160,10 @@ def _groups_on_one_host(parameters: Sequence[Tensor]) -> int | None:
     """How many messages, when nobody says, ranks that share the cores of one host send; ``None``: one a gradient.
 
     Where every core computes, an all-reduce under the backward pass only takes turns with it, and each message is
-    negotiated. Over links between hosts, and on accelerators, messages travel while the backward pass goes on.
+    negotiated; on its way through the host's memory, waited for, too. Over links between hosts, and between
+    accelerators, messages travel while the backward pass goes on.
     """
-    if world().launch.spans_hosts or any(p.device.type != "cpu" for p in parameters):
+    if world().launch.spans_hosts or any(p.device.type != "cpu" and not travels_by_host(p) for p in parameters):
         return None
     return max(1, -(-sum(p.numel() * p.element_size() for p in parameters) // _MESSAGE_BYTES))
 

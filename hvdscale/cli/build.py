@@ -30,6 +30,7 @@ _EPILOG = """\
 examples:
   hvdscale build-horovod --install                  build for everything installed here, and install it
   hvdscale build-horovod --frameworks torch         only the PyTorch part
+  hvdscale build-horovod --frameworks torch --gpu nccl --install   for GPUs, or say what is missing
   hvdscale build-horovod --wheel-dir wheels         also put the wheel and its record into ./wheels
   XDG_CACHE_HOME=/scratch hvdscale build-horovod    keep the wheel somewhere else than ~/.cache
 
@@ -55,6 +56,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="torch, tensorflow or torch,tensorflow (default: those installed)",
     )
     parser.add_argument("--wheel-dir", type=Path, metavar="DIR", help="also copy the wheel and its record there")
+    parser.add_argument(
+        "--gpu",
+        choices=("auto", "none", "nccl"),
+        default="auto",
+        help="nccl: GPUs talk to each other by NCCL; none: through the host's memory; "
+        "auto (default): nccl where torch is made for CUDA and the CUDA toolkit and NCCL are here",
+    )
+    parser.add_argument("--source", type=Path, metavar="FILE", help="Horovod's source archive, instead of fetching it")
     parser.add_argument("--install", action="store_true", help="install the wheel into this environment")
     parser.add_argument("--force", action="store_true", help="build again even if the wheel is there already")
     parser.set_defaults(handler=_build)
@@ -67,7 +76,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         from hvdscale.runtime.horovod_build import HOROVOD
 
         edits = "".join(f"  {edit.file}: {edit.why}\n" for edit in HOROVOD.edits)
-        return f"{super().format_help()}\n{_EPILOG}{edits}"
+        cuda = "".join(f"  {edit.file}: {edit.why}\n" for edit in HOROVOD.cuda_edits)
+        return f"{super().format_help()}\n{_EPILOG}{edits}\nand where torch is made for CUDA:\n{cuda}"
 
 
 def _build(arguments: argparse.Namespace) -> int:
@@ -75,10 +85,18 @@ def _build(arguments: argparse.Namespace) -> int:
 
     start = time.monotonic()
     with _shown_progress() as report:
-        built = build_horovod(arguments.frameworks, wheel_dir=arguments.wheel_dir, force=arguments.force, report=report)
+        built = build_horovod(
+            arguments.frameworks,
+            wheel_dir=arguments.wheel_dir,
+            force=arguments.force,
+            archive=arguments.source,
+            gpu=arguments.gpu,
+            report=report,
+        )
     versions = ", ".join(f"{name} {version}" for name, version in built.record["frameworks"].items())
     how = "found, built earlier" if built.reused else f"built in {time.monotonic() - start:.0f} s"
-    print(f"Horovod {HOROVOD.version} for {versions}: {how}\n  {built.path}")
+    gpu = f", GPU: {built.record['gpu']}" if "gpu" in built.record else ""
+    print(f"Horovod {HOROVOD.version} for {versions}{gpu}: {how}\n  {built.path}")
     if arguments.install:
         fresh = install_wheel(built, force=arguments.force)
         print(f"{'Installed into' if fresh else 'Already installed in'} {sys.prefix}")

@@ -1,6 +1,7 @@
 """The contract suite runs inside ranks: ``HVDSCALE_ADAPTER=torch mpirun -np 2 python -m pytest tests/contract``.
 
 ``test_<adapter>_*.py`` holds what is true of one adapter only, and is collected for that one alone.
+``HVDSCALE_DEVICE=cuda`` runs the torch adapter's on a GPU, which the ranks of one machine may share.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ import pytest
 
 ADAPTER = os.environ.get("HVDSCALE_ADAPTER")
 ADAPTERS = ("torch", "tensorflow", "keras")
+
+if os.environ.get("HVDSCALE_DEVICE") and ADAPTER == "torch":
+    from tests.contract.on_device import put_on
+
+    put_on(os.environ["HVDSCALE_DEVICE"])
 
 collect_ignore_glob = [f"test_{name}_*.py" for name in ADAPTERS if name != ADAPTER] if ADAPTER else ["test_*.py"]
 

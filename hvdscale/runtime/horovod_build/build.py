@@ -22,6 +22,7 @@ from hvdscale.runtime.horovod_build.cache import (
     cache_folder,
     sha256_of,
 )
+from hvdscale.runtime.horovod_build.cuda import gpu_environment
 from hvdscale.runtime.horovod_build.edits import HOROVOD
 from hvdscale.runtime.horovod_build.source import Source, environment, fetch_source, unpack
 from hvdscale.runtime.horovod_build.toolchain import Toolchain, find_toolchain, tool_path
@@ -53,6 +54,8 @@ def build_horovod(
     force: bool = False,
     env: Mapping[str, str] | None = None,
     source: Source = HOROVOD,
+    archive: Path | None = None,
+    gpu: str = "auto",
     report: Report = lambda progress: None,
 ) -> BuiltWheel:
     """Build Horovod for the installed ``frameworks`` (default: all of them), or find the wheel built earlier.
@@ -62,6 +65,8 @@ def build_horovod(
         force: build again even if the wheel is there.
         env: environment of the build (default: this process's).
         source: the release to build.
+        archive: its file, on a machine that cannot fetch it.
+        gpu: ``"nccl"``, ``"none"``, or ``"auto"``: NCCL where torch is made for CUDA and all it needs is here.
         report: called at every change of stage and of the share compiled.
 
     Raises:
@@ -69,7 +74,9 @@ def build_horovod(
     """
     env = dict(os.environ if env is None else env)
     report(Progress("checking what is needed"))
-    toolchain = find_toolchain(frameworks, env)
+    toolchain = find_toolchain(frameworks, env, gpu)
+    if toolchain.cuda is not None and toolchain.cuda.note:
+        report(Progress(toolchain.cuda.note))
     if wheel_dir is not None:
         _check_folder(wheel_dir)
     facts = build_facts(source, toolchain)
@@ -78,7 +85,7 @@ def build_horovod(
     with store.lock(key):
         built = None if force else store.find(key)
         if built is None:
-            built = _build(store, key, source, facts, toolchain, env, report)
+            built = _build(store, key, source, archive, facts, toolchain, env, report)
     if wheel_dir is not None:
         built = _copy(built, wheel_dir)
     return built
@@ -88,6 +95,7 @@ def _build(
     store: Store,
     key: str,
     source: Source,
+    archive: Path | None,
     facts: Mapping[str, object],
     toolchain: Toolchain,
     env: Mapping[str, str],
@@ -95,16 +103,18 @@ def _build(
 ) -> BuiltWheel:
     log_path = store.folder / f"{key}.log"
     names = [name for name, _ in toolchain.frameworks]
-    build_env = {**environment(env, names, usable_cores() + 1), "PATH": tool_path(env)}
+    cuda = toolchain.cuda
     with store.workspace(key) as workspace, log_path.open("w") as log:
+        plain_env = {**environment(env, names, usable_cores() + 1), "PATH": tool_path(env)}
+        build_env = gpu_environment(plain_env, cuda, workspace)
 
         def run(command: Sequence[str], folder: Path) -> Finished:
             return stream(command, env=build_env, cwd=folder, on_line=_watcher(log, report))
 
         report(Progress("fetching the source"))
-        archive = fetch_source(source, store.folder / "source", run)
-        report(Progress(f"applying {len(source.edits)} edits"))
-        root = unpack(source, archive, workspace)
+        fetched = fetch_source(source, store.folder / "source", run, archive)
+        report(Progress(f"applying {len(source.all_edits(cuda is not None))} edits"))
+        root = unpack(source, fetched, workspace, cuda is not None)
         report(Progress("compiling", 0.0))
         wheel = _compile(root, workspace / "wheel", run, log_path)
         report(Progress("storing the wheel"))

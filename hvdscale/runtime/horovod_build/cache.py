@@ -40,14 +40,16 @@ def cache_folder(env: Mapping[str, str]) -> Path:
 
 def build_facts(source: Source, toolchain: Toolchain) -> dict[str, Any]:
     """Everything a wheel depends on: two builds with equal facts are interchangeable."""
+    cuda = toolchain.cuda
     return {
         "horovod": source.version,
         "source_sha256": source.sha256,
-        "edits_sha256": source.edits_digest(),
+        "edits_sha256": source.edits_digest(cuda is not None),
         "frameworks": dict(toolchain.frameworks),
         "python": str(sysconfig.get_config_var("SOABI")),
         "platform": sysconfig.get_platform(),
         "mpi": toolchain.mpi,
+        **({} if cuda is None else {"gpu": cuda.text}),
     }
 
 

@@ -111,8 +111,38 @@ PYBIND11_MODULE(mpi_lib_v2, defined) {
     ),
 )
 
+_FOR_CUDA = (
+    Edit(
+        "cmake/Modules/FindPytorch.cmake",
+        'string(TOUPPER "${Pytorch_CUDA}" Pytorch_CUDA)',
+        'string(TOUPPER "${Pytorch_CUDA}" Pytorch_CUDA)\n'
+        'if ("$ENV{HVDSCALE_GPU_NONE}" STREQUAL "1")\n    set(Pytorch_CUDA FALSE)\nendif()',
+        "a CUDA toolkit that happens to be here must not decide what is built",
+    ),
+    Edit(
+        "CMakeLists.txt",
+        'file(APPEND "${CMAKE_LIBRARY_OUTPUT_DIRECTORY_ROOT}/metadata.json" "\\"dummy\\": \\"none\\"\\n}")',
+        'file(APPEND "${CMAKE_LIBRARY_OUTPUT_DIRECTORY_ROOT}/metadata.json" '
+        '"\\"gpu\\": \\"$ENV{HVDSCALE_GPU_RECORD}\\",\\n\\"dummy\\": \\"none\\"\\n}")',
+        "the wheel says what it does about GPUs",
+    ),
+    Edit(
+        "horovod/common/ops/cuda/CMakeLists.txt",
+        "set(CMAKE_CUDA_STANDARD 11)",
+        "set(CMAKE_CUDA_STANDARD 17)",
+        "the headers of CUDA 13 need C++17",
+    ),
+    Edit(
+        "horovod/torch/cuda_util.cc",
+        'dlopen("libcuda.so", RTLD_LAZY)',
+        'dlopen("libcuda.so.1", RTLD_LAZY)',
+        "the driver's library by the name it has on every machine, not by the one for compiling",
+    ),
+)
+
 HOROVOD = Source(
     "0.28.1",
     "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0",
     (*_COMPILE, *_CLOSE_QUEUES, *_LET_GO_OF_PYTHON),
+    _FOR_CUDA,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -60,14 +61,18 @@ class Source:
     version: str
     sha256: str
     edits: tuple[Edit, ...]
+    cuda_edits: tuple[Edit, ...] = ()  # applied where torch is made for CUDA
 
     @property
     def archive(self) -> str:
         return f"horovod-{self.version}.tar.gz"
 
-    def edits_digest(self) -> str:
+    def all_edits(self, cuda: bool) -> tuple[Edit, ...]:
+        return (*self.edits, *(self.cuda_edits if cuda else ()))
+
+    def edits_digest(self, cuda: bool = False) -> str:
         """SHA-256 of what the edits change (not of why)."""
-        changes = [{k: v for k, v in asdict(edit).items() if k != "why"} for edit in self.edits]
+        changes = [{k: v for k, v in asdict(edit).items() if k != "why"} for edit in self.all_edits(cuda)]
         return hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()
 
 
@@ -80,20 +85,25 @@ def check_archive(path: Path, expected_sha256: str) -> None:
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != expected_sha256:
         raise BuildError(
-            f"{path.name} must have SHA-256\n  {expected_sha256}\nbut the package index served\n  {found}\n"
-            "Nothing was built from it. Check which index and mirror pip uses (`pip config list`), then retry."
+            f"{path.name} must have SHA-256\n  {expected_sha256}\nbut this file has\n  {found}\n"
+            "Nothing was built from it. Check where it came from (pip's index: `pip config list`), then retry."
         )
 
 
-def fetch_source(source: Source, folder: Path, run: Run) -> Path:
+def fetch_source(source: Source, folder: Path, run: Run, given: Path | None = None) -> Path:
     """The archive of ``source`` in ``folder``, fetched if it is not there, its hash checked either way.
 
     pip does the download, so that the user's index, proxy and certificates hold.
+
+    Args:
+        given: the archive, brought by the user to a machine that cannot fetch it.
 
     Raises:
         BuildError: pip cannot get it, or it is not the pinned file.
     """
     archive = folder / source.archive
+    if given is not None:
+        return _copied(source, given, folder)
     if archive.is_file():
         try:
             check_archive(archive, source.sha256)
@@ -107,6 +117,17 @@ def fetch_source(source: Source, folder: Path, run: Run) -> Path:
         check_archive(fetched, source.sha256)
         fetched.replace(archive)
     return archive
+
+
+def _copied(source: Source, given: Path, folder: Path) -> Path:
+    if not given.is_file():
+        raise BuildError(f"There is no file {given}. Bring {source.archive}, as the package index has it.")
+    check_archive(given, source.sha256)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="incoming-", dir=folder) as own:
+        copy = Path(own, source.archive)
+        shutil.copyfile(given, copy)
+        return copy.replace(folder / source.archive)
 
 
 def _download(source: Source, incoming: Path, run: Run) -> Path:
@@ -130,8 +151,8 @@ def _download(source: Source, incoming: Path, run: Run) -> Path:
     )
 
 
-def unpack(source: Source, archive: Path, folder: Path) -> Path:
-    """Unpack into ``folder`` and apply the edits; return the root.
+def unpack(source: Source, archive: Path, folder: Path, cuda: bool = False) -> Path:
+    """Unpack into ``folder`` and apply the edits (``cuda``: those for a torch made for CUDA too); return the root.
 
     Raises:
         BuildError: an edit does not fit.
@@ -140,7 +161,7 @@ def unpack(source: Source, archive: Path, folder: Path) -> Path:
         tar.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
         tar.extractall(folder)
     root = folder / archive.name.removesuffix(".tar.gz")
-    for edit in source.edits:
+    for edit in source.all_edits(cuda):
         edit.apply(root)
     return root
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from hvdscale.errors import BuildError
 from hvdscale.runtime.horovod import installed_version
+from hvdscale.runtime.horovod_build.cuda import Cuda, choose_cuda
 
 __all__ = ["FRAMEWORKS", "Toolchain", "choose_frameworks", "find_toolchain", "tool_path"]
 
@@ -42,6 +43,7 @@ class Toolchain:
     compiler: str
     cmake: str
     mpi: str
+    cuda: Cuda | None = None
 
 
 def tool_path(env: Mapping[str, str]) -> str:
@@ -74,14 +76,18 @@ def choose_frameworks(requested: Sequence[str] | None) -> tuple[tuple[str, str],
     return found
 
 
-def find_toolchain(requested: Sequence[str] | None, env: Mapping[str, str]) -> Toolchain:
+def find_toolchain(requested: Sequence[str] | None, env: Mapping[str, str], gpu: str = "auto") -> Toolchain:
     """Check every precondition of a build.
+
+    Args:
+        gpu: one of ``CHOICES``.
 
     Raises:
         BuildError: on one screen, everything that is missing and the commands that install it.
     """
     frameworks = choose_frameworks(requested)
     path = tool_path(env)
+    cuda = choose_cuda(gpu, [name for name, _ in frameworks], {**env, "PATH": path})
     problems: list[str] = []
     compiler = _compiler(path, env, problems)
     cmake = _cmake(path, problems)
@@ -93,7 +99,7 @@ def find_toolchain(requested: Sequence[str] | None, env: Mapping[str, str]) -> T
             + "\n".join(f"  - {problem}" for problem in problems)
             + "\nNothing was changed. Install these, then retry; `hvdscale doctor` shows what is here."
         )
-    return Toolchain(frameworks, compiler, cmake, mpi)
+    return Toolchain(frameworks, compiler, cmake, mpi, cuda)
 
 
 def _compiler(path: str, env: Mapping[str, str], problems: list[str]) -> str:
