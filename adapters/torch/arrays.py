@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, default_collate
 from hvdscale.data.checks import function
 from hvdscale.data.nested import all_arrays, mapped, refuse_no_data, rows_in
 
-__all__ = ["Arrays", "as_dataset"]
+__all__ = ["Arrays", "as_dataset", "on_accelerator"]
 
 
 class Arrays(Dataset[Any]):
@@ -47,6 +47,18 @@ def as_dataset(data: Any, collate: Callable[[Any], Any] | None) -> tuple[Any, Ca
         return Arrays(data), collate or _as_it_is
     refuse_no_data(data)
     return data, collate or default_collate
+
+
+def on_accelerator(data: Any) -> bool:
+    """Whether arrays lie in the memory of a GPU: they cannot be pinned, nor read by other processes."""
+    found: list[bool] = []
+
+    def look(array: Any) -> None:
+        found.append(isinstance(array, torch.Tensor) and array.device.type != "cpu")
+
+    if all_arrays(data, _is_array):
+        mapped(look, data)
+    return any(found)
 
 
 def _is_array(data: Any) -> bool:

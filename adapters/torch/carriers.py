@@ -76,7 +76,7 @@ class _Centre(_Slices):
     """Reduce-scatter and a gather on the first rank, together as many bytes as a ring sends; then a broadcast."""
 
     def _forward(self, slice_of_sum: Tensor, name: str) -> Callable[[], Tensor]:
-        rows = torch.zeros(self._ranks, dtype=torch.int32)
+        rows = torch.zeros(self._ranks, dtype=torch.int32, device="cpu")
         rows[0] = slice_of_sum.numel()
         handle = _horovod.alltoall_async(slice_of_sum, rows, f"{name}.centre", self._process_set)
         if self._process_set.rank() != 0:

@@ -13,7 +13,7 @@ from hvdscale.data.batch import Batch
 from hvdscale.data.checks import instance, integer
 from hvdscale.data.passes import refuse_overtaken
 from hvdscale.errors import PlanError
-from hvdscale.torch.arrays import as_dataset
+from hvdscale.torch.arrays import as_dataset, on_accelerator
 from hvdscale.torch.samplers import AheadSampler
 from hvdscale.torch.streaming import ShardedIterable, StatedIterable, refuse_persistent
 
@@ -55,7 +55,7 @@ def shard_dataset(
         workers: processes that prepare batches; 0: none.
         prefetch: batches each worker prepares ahead; default: 2.
         collate: makes a batch of a list of samples, or of the rows taken from arrays; default: PyTorch's, or none.
-        pin_memory: in page-locked memory, for fast copies to a GPU; default: where there is a GPU.
+        pin_memory: in page-locked memory, for fast copies to a GPU; default: where a GPU is and data is not on it.
         persistent_workers: keep workers over epochs; default: yes. Not for streams.
         options: others of ``DataLoader``, such as ``worker_init_fn``, ``timeout``, ``generator``.
 
@@ -77,7 +77,13 @@ def shard_dataset(
         raise PlanError("Batches come in the plan's order, which the state counts; leave in_order=False out.")
     options["num_workers"] = workers
     options["prefetch_factor"] = None if prefetch is None else integer("prefetch", prefetch, 1)
-    options["pin_memory"] = torch.cuda.is_available() if pin_memory is None else pin_memory
+    there = on_accelerator(data)
+    if there and (workers or pin_memory):
+        raise PlanError(
+            "data lies in a GPU's memory, which other processes cannot read, and which cannot be page-locked. Leave "
+            "workers and pin_memory out, or keep the data in the host's memory."
+        )
+    options["pin_memory"] = torch.cuda.is_available() and not there if pin_memory is None else pin_memory
     if isinstance(plan, ShardStream):
         if epoch is not None:
             raise PlanError(f"A stream has its epoch in itself: ShardStream(..., epoch={epoch!r}). Leave epoch out.")

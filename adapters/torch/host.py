@@ -55,7 +55,7 @@ def in_reach(tensors: Sequence[Tensor]) -> list[Tensor]:
 def _start_copy(tensor: Tensor) -> Tensor:
     if not tensor.is_cuda or (tensor.requires_grad and torch.is_grad_enabled()):
         return tensor.to("cpu")
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     return copy.copy_(tensor.detach(), non_blocking=True)
 
 

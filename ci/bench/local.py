@@ -39,16 +39,17 @@ def local_variants(
     names: Mapping[str, str],
     steps: int,
     also: Sequence[Mapping[str, str]] = (),
+    more: Sequence[str] = (),
 ) -> tuple[tuple[Variant, ...], str]:
     """One variant per way, all with the same threads per rank; and the sentence that says so.
 
-    Each environment in ``also`` makes one more variant of hvdscale, for trying settings.
+    Each environment in ``also`` makes one more variant of hvdscale, for trying settings; ``more`` goes to every worker.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     variants = []
     trials = [("hvdscale", "peer", " ".join(f"{k}={v}" for k, v in extra.items()), extra) for extra in also]
     for way, role, name, extra in [*((way, role, names[way], {}) for way, role in roles.items()), *trials]:
-        command = (sys.executable, "-m", worker, "--way", way, "--steps", str(steps))
+        command = (sys.executable, "-m", worker, "--way", way, "--steps", str(steps), *more)
         env = {**thread_env(threads), **extra}
         if way in _MPI_WAYS:
             processes = (Process((*MPIRUN, "-np", str(ranks), *command), env),)

@@ -1,6 +1,7 @@
 """Two ranks on this host train a 3 M-parameter GPT in torch: what does keeping them in step cost?
 
 python -m ci.bench.torch_step [--quick] [--json FILE]
+python -m ci.bench.torch_step --device cuda --width 1024 --layers 8     # 102 million, both ranks on one GPU
 """
 
 from __future__ import annotations
@@ -31,10 +32,20 @@ def main() -> int:
         metavar="NAME=VALUE,...",
         help="one more variant of hvdscale, with these settings; may be given several times",
     )
+    parser.add_argument("--device", default="cpu", help="where the model is; on a GPU stock Horovod is left out")
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
     options = parser.parse_args()
-    variants, note = local_variants("ci.bench.workers.torch_step", RANKS, ROLES, NAMES, options.steps, options.also)
+    # Stock Horovod hands tensors on GPUs to NCCL, which refuses two ranks on one.
+    roles = {way: role for way, role in ROLES.items() if options.device == "cpu" or way != "horovod"}
+    targets = TARGETS if options.device == "cpu" else TARGETS[1:2]
+    model = ("--device", options.device, "--width", str(options.width), "--layers", str(options.layers))
+    variants, note = local_variants(
+        "ci.bench.workers.torch_step", RANKS, roles, NAMES, options.steps, options.also, model
+    )
     results = take_turns(variants, options.rounds, options.steps, options.deadline)
-    return finish("GPT training step in torch, 2 ranks on one host", results, TARGETS, options, [note])
+    where = "one host" if options.device == "cpu" else f"one {options.device}"
+    return finish(f"GPT training step in torch, 2 ranks on {where}", results, targets, options, [note])
 
 
 if __name__ == "__main__":

@@ -41,11 +41,11 @@ def choose_way(built: bool, nccl: bool, shared: int, env: Mapping[str, str] | No
         )
     if asked:
         return Setting(WAY, asked, "set by you", "user")
-    if not built:
+    if not nccl:
         return Setting(WAY, "host", f"Horovod was built without NCCL (`{_REBUILD}`): tensors on GPUs are copied")
-    if nccl and shared > 1:
+    if shared > 1:
         return Setting(WAY, "host", f"{shared} ranks share a GPU, which NCCL refuses: tensors on GPUs are copied")
-    return Setting(WAY, "direct", "Horovod takes tensors on GPUs" + (", by NCCL" if nccl else ""))
+    return Setting(WAY, "direct", "Horovod takes tensors on GPUs, by NCCL")
 
 
 def sharing_ranks(transport: Transport, gpus: int, visible: str) -> int:

@@ -25,11 +25,15 @@ _HOROVOD_NAMES = {"torch": "pytorch", "tensorflow": "tensorflow"}
 
 @dataclass(frozen=True)
 class HorovodBuild:
-    """The installed Horovod: its version and the framework versions it was compiled against."""
+    """The installed Horovod: its version and the framework versions it was compiled against.
+
+    ``gpu`` says what was built for GPUs, where torch was one for CUDA: ``"NCCL 2.28.9, CUDA 13.0"`` or ``"none"``.
+    """
 
     version: str
     folder: Path
     built_for: dict[str, str]
+    gpu: str = ""
 
 
 def installed_version(framework: str) -> str | None:
@@ -57,7 +61,7 @@ def find_horovod() -> HorovodBuild | None:
     except importlib.metadata.PackageNotFoundError:
         version = "unknown"
     built_for = {ours: recorded[theirs] for ours, theirs in _HOROVOD_NAMES.items() if theirs in recorded}
-    return HorovodBuild(version, folder, built_for)
+    return HorovodBuild(version, folder, built_for, recorded.get("gpu", ""))
 
 
 def require_horovod(framework: str) -> HorovodBuild:

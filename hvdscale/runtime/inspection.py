@@ -15,7 +15,8 @@ from typing import Literal
 
 from hvdscale._version import __version__
 from hvdscale.errors import BuildError, WorldError
-from hvdscale.runtime.horovod import BUILD_COMMAND, find_horovod, installed_version, require_horovod
+from hvdscale.runtime.horovod import BUILD_COMMAND, HorovodBuild, find_horovod, installed_version, require_horovod
+from hvdscale.runtime.horovod_build.cuda import torch_cuda
 from hvdscale.runtime.launch import Launch
 from hvdscale.runtime.settings import Setting, apply_settings, choose_settings, usable_cores
 
@@ -125,7 +126,19 @@ def _horovod() -> list[Finding]:
             found.append(Finding("Horovod", f"fits {name}", str(error), "fail", BUILD_COMMAND))
         else:
             found.append(Finding("Horovod", f"fits {name}", f"yes, {installed_version(name)} is installed"))
-    return found
+    return [*found, *_gpus(build)]
+
+
+def _gpus(build: HorovodBuild) -> list[Finding]:
+    """How tensors on GPUs will travel; nothing to say where torch knows no CUDA."""
+    cuda = torch_cuda()
+    if cuda is None:
+        return []
+    if build.gpu not in ("", "none"):
+        return [Finding("Horovod", "tensors on GPUs", f"by {build.gpu}; torch is for CUDA {cuda}")]
+    value = f"copied through the host's memory: built without NCCL (torch is for CUDA {cuda})"
+    advice = f"for GPUs: {BUILD_COMMAND} --frameworks torch --gpu nccl"
+    return [Finding("Horovod", "tensors on GPUs", value, "note", advice)]
 
 
 def _mpi(env: Mapping[str, str]) -> list[Finding]:

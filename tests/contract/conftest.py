@@ -25,6 +25,8 @@ if os.environ.get("HVDSCALE_DEVICE") and ADAPTER == "torch":
     put_on(os.environ["HVDSCALE_DEVICE"])
 
 collect_ignore_glob = [f"test_{name}_*.py" for name in ADAPTERS if name != ADAPTER] if ADAPTER else ["test_*.py"]
+if not os.environ.get("HVDSCALE_DEVICE"):
+    collect_ignore_glob.append("test_torch_gpu.py")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """The contract suite on a GPU: what tests make lies on ``HVDSCALE_DEVICE``, as in scripts that train there.
 
-Only what tests and the layers of torch make. What hvdscale, Horovod and optimizers make for themselves stays where they
-put it, so that their own mistakes about devices show. Tests that read a tensor into NumPy get a copy, as with ``cpu()``.
+Only what tests and the layers of torch make. What hvdscale, Horovod and optimizers make for themselves stays where
+they put it, so that their own mistakes about devices show. Tests that read a tensor into NumPy get a copy.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.utils._device import _device_constructors
 __all__ = ["put_on"]
 
 _MAKERS = ("tests.", "torch.nn.")
+_HOST = "tests.contract.test_torch_data"  # its data sets lie in the host's memory, as most do
 
 
 class _OnDevice(TorchFunctionMode):
@@ -44,12 +45,24 @@ def put_on(device: str) -> None:
     _wrap(torch, "from_numpy", lambda result: result.to(device))
     _wrap(torch.Tensor, "numpy", None, lambda tensor: tensor.cpu())
     _wrap(torch.Tensor, "__array__", None, lambda tensor: tensor.detach().cpu())
+    import hvdscale.torch as hvd
+
+    shard_model = hvd.shard_model
+
+    def shard_there(*args: Any, **kwargs: Any) -> Any:
+        with torch.device(device):  # where a model that has no memory yet gets it
+            return shard_model(*args, **kwargs)
+
+    hvd.shard_model = shard_there
     torch.testing.assert_close = functools.partial(torch.testing.assert_close, check_device=False)
     equal = torch.equal
     torch.equal = lambda a, b: equal(a.cpu(), b.cpu()) if _asked_by("tests.") else equal(a, b)
 
 
-def _wrap(owner: Any, name: str, after: Callable[[Any], Any] | None, before: Callable[[Any], Any] | None = None) -> None:
+Change = Callable[[Any], Any]
+
+
+def _wrap(owner: Any, name: str, after: Change | None, before: Change | None = None) -> None:
     plain = getattr(owner, name)
 
     @functools.wraps(plain)
@@ -64,4 +77,5 @@ def _wrap(owner: Any, name: str, after: Callable[[Any], Any] | None, before: Cal
 
 def _asked_by(*modules: str) -> bool:
     """Whether the caller of the function that asks is of one of these packages."""
-    return str(sys._getframe(2).f_globals.get("__name__", "")).startswith(modules)
+    caller = str(sys._getframe(2).f_globals.get("__name__", ""))
+    return caller.startswith(modules) and caller != _HOST

@@ -269,7 +269,7 @@ def test_padding_is_marked(driver: ContractDriver, size: int) -> None:
     loader = hvd.shard_dataset(np.arange(N), plan, 16)
     valid, sizes = [], []
     for data in loader:
-        valid += data[torch.from_numpy(loader.batch.valid)].tolist()
+        valid += data[loader.batch.valid].tolist()
         sizes.append(len(data))
     assert set(sizes) == {16}
     assert all_numbers(driver, valid) == list(range(N))

@@ -59,7 +59,7 @@ def mean_gradients(model: nn.Module, size: int, step: int = 0) -> list[Tensor]:
 
 
 def assert_same_everywhere(driver: ContractDriver, tensors: Any) -> None:
-    flat = torch.cat([t.detach().double().reshape(-1) for t in tensors])
+    flat = torch.cat([t.detach().cpu().double().reshape(-1) for t in tensors])
     everyone = driver.everyones(flat.numpy())
     assert (everyone == everyone[0]).all()
 

@@ -49,7 +49,7 @@ def make_tools(folder: Path, tools: Mapping[str, str]) -> Path:
 def make_files(*, without: str = "", twice: str = "") -> dict[str, str]:
     """The files of a source in which every edit of ``HOROVOD`` matches, but for the file ``without`` or ``twice``."""
     files = {"setup.py": SETUP_PY, "horovod/__init__.py": ""}
-    for edit in HOROVOD.edits:
+    for edit in HOROVOD.all_edits(True):
         copies = {without: 0, twice: 2}.get(edit.file, 1)
         files[edit.file] = files.get(edit.file, "# before\n") + lines_of(edit) * copies
     return files
@@ -71,4 +71,4 @@ def make_archive(folder: Path, files: Mapping[str, str]) -> Source:
             member = tarfile.TarInfo(f"horovod-0.28.1/{name}")
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    return Source(HOROVOD.version, hashlib.sha256(path.read_bytes()).hexdigest(), HOROVOD.edits)
+    return Source(HOROVOD.version, hashlib.sha256(path.read_bytes()).hexdigest(), HOROVOD.edits, HOROVOD.cuda_edits)

@@ -17,9 +17,10 @@ from tests.core.fake_tools import lines_of, make_archive, make_files
 
 def test_every_edit_is_applied(tmp_path: Path) -> None:
     source = make_archive(tmp_path / "index", make_files())
-    root = unpack(source, tmp_path / "index" / source.archive, tmp_path)
-    for file in {edit.file for edit in HOROVOD.edits}:
-        edited = [lines_of(edit).replace(edit.find, edit.replace) for edit in HOROVOD.edits if edit.file == file]
+    root = unpack(source, tmp_path / "index" / source.archive, tmp_path, cuda=True)
+    edits = HOROVOD.all_edits(True)
+    for file in {edit.file for edit in edits}:
+        edited = [lines_of(edit).replace(edit.find, edit.replace) for edit in edits if edit.file == file]
         assert (root / file).read_text() == "".join(["# before\n", *edited])
 
 

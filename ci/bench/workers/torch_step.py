@@ -44,7 +44,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(width, VOCABULARY, bias=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:  # [batch, context] -> [batch, context, vocabulary]
-        places = torch.arange(ids.shape[1])
+        places = torch.arange(ids.shape[1], device=ids.device)
         return self.head(self.norm(self.blocks(self.tokens(ids) + self.places(places))))
 
 
@@ -94,17 +94,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--way", choices=("independent", "in_step", "ddp", "horovod", "hvdscale"), required=True)
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--width", type=int, default=WIDTH)
+    parser.add_argument("--layers", type=int, default=LAYERS)
     options = parser.parse_args()
     torch.manual_seed(0)
-    model = GPT()
+    model = GPT(options.width, options.layers).to(options.device)
     rank, ranks, joined, optimizer = join(options.way, model, torch.optim.AdamW(model.parameters(), lr=3e-4))
-    step = training_step(joined, optimizer, random_batch(rank))
+    step = training_step(joined, optimizer, random_batch(rank).to(options.device))
     if options.way == "in_step":
         step = in_step(step, rank, ranks)
     meet(rank, ranks)
     seconds = median_seconds(step, options.steps, warmup=3)
     weights = (
-        None if options.way in ("independent", "in_step") else digest(p.detach().numpy() for p in model.parameters())
+        None
+        if options.way in ("independent", "in_step")
+        else digest(p.detach().cpu().numpy() for p in model.parameters())
     )
     leave_result(rank, weights, step=seconds)
 

@@ -9,7 +9,6 @@ import importlib.util
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,13 @@ __all__ = ["CHOICES", "Choice", "Cuda", "choose_cuda", "gpu_environment", "torch
 Choice = Literal["auto", "none", "nccl"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)
 
-_OURS = ("HOROVOD_GPU", "HOROVOD_NCCL_", "HOROVOD_CUDA_HOME")  # what a choice settles; the user's would change it unseen
+SYSTEM = (Path("/usr/local/cuda"), Path("/usr"))  # where a toolkit lies, and where packages of the system put theirs
+_MULTIARCH = ("x86_64-linux-gnu", "aarch64-linux-gnu", "../lib64")
+_OURS = (
+    "HOROVOD_GPU",
+    "HOROVOD_NCCL_",
+    "HOROVOD_CUDA_HOME",
+)  # what a choice settles; the user's would change it unseen
 
 
 @dataclass(frozen=True)
@@ -54,10 +59,7 @@ def torch_cuda() -> str | None:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
-    try:
-        text = Path(spec.origin).with_name("version.py").read_text()
-    except OSError:
-        return None
+    text = _text(Path(spec.origin).with_name("version.py"))
     match = re.search(r"^cuda\b[^=\n]*=\s*['\"](\d+\.\d+)", text, re.MULTILINE)
     return match[1] if match else None
 
@@ -73,23 +75,23 @@ def choose_cuda(choice: str, frameworks: Sequence[str], env: Mapping[str, str]) 
     version = torch_cuda() if "torch" in frameworks else None
     if version is None:
         if choice == "nccl":
+            found = "the one installed here is not" if "torch" in frameworks else "torch is not among the frameworks"
             raise BuildError(
-                "--gpu nccl builds for a PyTorch made for CUDA; "
-                + ("the one installed here is not. " if "torch" in frameworks else "torch is not among the frameworks. ")
-                + "Install a CUDA build of torch first, or leave --gpu out."
+                f"--gpu nccl builds for a PyTorch made for CUDA; {found}. "
+                "Install a CUDA build of torch first, or leave --gpu out."
             )
         return None
     if choice == "none":
         return Cuda(version)
-    missing = []
+    major, missing = version.split(".")[0], []
     if "tensorflow" in frameworks:
         missing.append("a build for torch alone (--frameworks torch): TensorFlow's part is built for the CPU only")
     nvcc, release = _nvcc(version, env)
     if nvcc is None:
-        missing.append(f"the CUDA toolkit {version.split('.')[0]} ({release or 'no nvcc'}): set HOROVOD_CUDA_HOME to it")
+        missing.append(f"the CUDA toolkit {major} ({release or 'no nvcc'}): install it, or set HOROVOD_CUDA_HOME to it")
     nccl = _nccl(env, nvcc)
     if nccl is None:
-        missing.append("NCCL with its header: `pip install nvidia-nccl-cu" + version.split(".")[0] + "`")
+        missing.append(f"NCCL with its header: `pip install nvidia-nccl-cu{major}`")
     if nvcc is not None and nccl is not None and not missing:
         return Cuda(version, (nvcc, *nccl[:2]), release, nccl[2])
     if choice == "nccl":
@@ -129,17 +131,18 @@ def _nvcc(version: str, env: Mapping[str, str]) -> tuple[Path | None, str]:
     seen = []
     for home in _homes(env):
         nvcc = home / "bin" / "nvcc"
-        if not (os.access(nvcc, os.X_OK) and (home / "include" / "cuda_runtime.h").is_file()):
+        release = _release(home / "include" / "cuda_runtime_api.h")
+        if not (release and os.access(nvcc, os.X_OK)):
             continue  # nothing, or a script that calls the compiler of a toolkit elsewhere
-        try:
-            shown = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
-        except (OSError, subprocess.TimeoutExpired):
-            continue
-        match = re.search(r"release (\d+\.\d+)", shown)
-        if match and match[1].split(".")[0] == version.split(".")[0]:
-            return home, match[1]
-        seen.append(f"{nvcc} is {match[1] if match else 'broken'}")
+        if release.split(".")[0] == version.split(".")[0]:
+            return home, release
+        seen.append(f"{nvcc} is {release}")
     return None, ", ".join(dict.fromkeys(seen))
+
+
+def _release(header: Path) -> str:
+    match = re.search(r"^#define\s+CUDART_VERSION\s+(\d+)", _text(header), re.MULTILINE)
+    return f"{int(match[1]) // 1000}.{int(match[1]) % 1000 // 10}" if match else ""
 
 
 def _homes(env: Mapping[str, str]) -> Iterator[Path]:
@@ -149,7 +152,7 @@ def _homes(env: Mapping[str, str]) -> Iterator[Path]:
     found = shutil.which("nvcc", path=env.get("PATH", ""))
     if found:
         yield Path(found).resolve().parent.parent
-    yield Path("/usr/local/cuda")
+    yield SYSTEM[0]
 
 
 def _nccl(env: Mapping[str, str], toolkit: Path | None) -> tuple[Path, Path, str] | None:
@@ -165,7 +168,7 @@ def _nccl(env: Mapping[str, str], toolkit: Path | None) -> tuple[Path, Path, str
         places.append((Path(folder, "nccl", "include"), Path(folder, "nccl", "lib")))
     if toolkit is not None:
         places.append((toolkit / "include", toolkit / "lib64"))
-    places.append((Path("/usr/include"), Path("/usr/lib/x86_64-linux-gnu")))
+    places += [(SYSTEM[1] / "include", SYSTEM[1] / "lib" / machine) for machine in _MULTIARCH]
     for headers, libraries in places:
         library = next((p for name in ("libnccl.so.2", "libnccl.so") if (p := libraries / name).exists()), None)
         version = _nccl_version(headers / "nccl.h")
@@ -175,9 +178,13 @@ def _nccl(env: Mapping[str, str], toolkit: Path | None) -> tuple[Path, Path, str
 
 
 def _nccl_version(header: Path) -> str:
-    try:
-        text = header.read_text(errors="replace")
-    except OSError:
-        return ""
+    text = _text(header)
     parts = [re.search(rf"^#define\s+NCCL_{part}\s+(\d+)", text, re.MULTILINE) for part in ("MAJOR", "MINOR", "PATCH")]
     return ".".join(part[1] for part in parts if part)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(errors="replace")
+    except OSError:
+        return ""
