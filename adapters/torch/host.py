@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvdscale.runtime.gpu import choose_way, sharing_ranks
+from hvdscale.runtime.gpu import WAY, Sight, agree_on_way
+from hvdscale.runtime.host import host_number
 from hvdscale.runtime.settings import Setting
 from hvdscale.runtime.transport import Transport
 
@@ -19,21 +20,18 @@ _direct = False  # until init() has seen the ranks
 
 
 def settle_way(horovod: Any, transport: Transport) -> tuple[Setting, ...]:
-    """Decide how tensors on GPUs travel, alike on every rank; nothing to decide for a torch without GPUs. Collective.
+    """Decide how tensors on GPUs travel, alike on every rank; a torch without GPUs has no such setting. Collective.
 
     Raises:
         WorldError: the user asks for what this Horovod cannot do.
     """
     global _direct
-    if not (torch.version.cuda or torch.version.hip):
-        return ()
-    built = bool(horovod.cuda_built() or horovod.rocm_built())
-    nccl = bool(horovod.nccl_built())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") + os.environ.get("HIP_VISIBLE_DEVICES", "")
-    shared = sharing_ranks(transport, torch.cuda.device_count(), visible) if nccl else 1
-    way = choose_way(built, nccl, shared)
+    built, nccl = bool(horovod.cuda_built() or horovod.rocm_built()), bool(horovod.nccl_built())
+    mine = Sight(host_number(), torch.cuda.device_count(), visible, built, nccl, os.environ.get(WAY, ""))
+    way = agree_on_way(mine, transport)
     _direct = way.value == "direct"
-    return (way,)
+    return (way,) if torch.version.cuda or torch.version.hip else ()
 
 
 def travels_by_host(tensor: Tensor) -> bool:

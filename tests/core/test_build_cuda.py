@@ -7,11 +7,12 @@ import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hvdscale.errors import BuildError, WorldError
-from hvdscale.runtime.gpu import choose_way, sharing_ranks
+from hvdscale.runtime.gpu import Sight, agree_on_way, choose_way
 from hvdscale.runtime.horovod_build import HOROVOD
 from hvdscale.runtime.horovod_build.cache import build_facts, build_key
 from hvdscale.runtime.horovod_build.cuda import choose_cuda, gpu_environment, torch_cuda
@@ -212,55 +213,49 @@ def test_an_archive_that_was_brought_is_checked_and_kept(tmp_path: Path) -> None
         fetch_source(source, tmp_path / "cache", nothing, tmp_path / "nowhere.tar.gz")
 
 
+def sight(**other: Any) -> Sight:
+    """A rank with one GPU of its own and a Horovod with NCCL, but for ``other``."""
+    return Sight(**{"host": 1.0, "gpus": 1, "visible": "", "built": True, "nccl": True, "asked": "", **other})
+
+
 @pytest.mark.parametrize(
-    ("built", "nccl", "shared", "asked", "way", "because"),
+    ("ranks", "way", "because"),
     [
-        (False, False, 1, "", "host", "built without NCCL"),
-        (True, False, 1, "", "host", "built without NCCL"),
-        (True, True, 1, "", "direct", "by NCCL"),
-        (True, True, 2, "", "host", "2 ranks share a GPU"),
-        (True, True, 2, "direct", "direct", "set by you"),
-        (True, True, 1, "host", "host", "set by you"),
-        (True, False, 1, "direct", "direct", "set by you"),
+        ([sight()], "direct", "by NCCL"),
+        ([sight(), sight(host=2.0)], "direct", "by NCCL"),
+        ([sight(gpus=2)] * 2, "direct", "by NCCL"),
+        ([sight(visible="0"), sight(visible="1")], "direct", "by NCCL"),  # each was given its own
+        ([sight()] * 2, "host", "2 ranks share a GPU"),
+        ([sight(gpus=2)] * 5, "host", "3 ranks share a GPU"),
+        ([sight(gpus=0)] * 2, "direct", "by NCCL"),  # nothing will travel
+        ([sight(), sight(host=2.0, nccl=False)], "host", "built without NCCL"),
+        ([sight(built=False, nccl=False)], "host", "--gpu nccl --install"),
+        ([sight(), sight(asked="host")], "host", "set by you"),  # the variable reached one rank
+        ([sight(asked="direct")] * 2, "direct", "set by you"),
+        ([sight(nccl=False, asked="direct")], "direct", "set by you"),  # by an MPI that knows GPUs
     ],
 )
-def test_the_way_of_gpu_tensors(built: bool, nccl: bool, shared: int, asked: str, way: str, because: str) -> None:
-    setting = choose_way(built, nccl, shared, {"HVDSCALE_GPU": asked} if asked else {})
+def test_the_way_of_gpu_tensors_is_one_for_all_ranks(ranks: list[Sight], way: str, because: str) -> None:
+    setting = choose_way(ranks)
     assert (setting.name, setting.value) == ("HVDSCALE_GPU", way)
     assert because in setting.reason
-    assert (setting.origin == "user") == bool(asked)
-
-
-@pytest.mark.parametrize(("asked", "says"), [("direct", "--gpu nccl --install"), ("nvlink", "direct or host")])
-def test_a_way_that_cannot_be_is_refused(asked: str, says: str) -> None:
-    with pytest.raises(WorldError, match=says):
-        choose_way(False, False, 1, {"HVDSCALE_GPU": asked})
-
-
-class Hall(SoloTransport):
-    """Ranks that all have said what they see."""
-
-    def __init__(self, seen: list[bytes]) -> None:
-        super().__init__()
-        self._seen = seen
-
-    def allgather(self, message: bytes) -> list[bytes]:
-        return [message, *self._seen]
+    assert (setting.origin == "user") == any(rank.asked for rank in ranks)
 
 
 @pytest.mark.parametrize(
-    ("others", "most"),
+    ("ranks", "says"),
     [
-        ([], 1),
-        (['[{host}, "", 2]'], 1),  # two ranks, two GPUs
-        (['[{host}, "", 2]', '[{host}, "", 2]'], 2),
-        (['[{host}, "3", 2]', '[{host}, "4", 2]'], 1),  # each was given its own
-        (['[1.0, "", 1]', '[1.0, "", 1]', '[1.0, "", 1]'], 3),  # another host
-        (['[1.0, "", 0]', '[1.0, "", 0]'], 1),  # which has none
+        ([sight(built=False, nccl=False, asked="direct")], "--gpu nccl --install"),
+        ([sight(), sight(built=False, nccl=False, asked="direct")], "--gpu nccl --install"),
+        ([sight(asked="nvlink")], "direct or host, .*it is nvlink"),
+        ([sight(asked="direct"), sight(asked="host")], "direct and host"),
     ],
 )
-def test_how_many_ranks_share_a_gpu(others: list[str], most: int) -> None:
-    from hvdscale.runtime.host import host_number
+def test_a_way_that_cannot_be_is_refused(ranks: list[Sight], says: str) -> None:
+    with pytest.raises(WorldError, match=says):
+        choose_way(ranks)
 
-    hall = Hall([other.replace("{host}", str(host_number())).encode() for other in others])
-    assert sharing_ranks(hall, 2, "") == most
+
+def test_ranks_tell_each_other_what_they_see() -> None:
+    assert agree_on_way(sight(asked="host"), SoloTransport()).value == "host"
+    assert agree_on_way(sight(), SoloTransport()).value == "direct"
