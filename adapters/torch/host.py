@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvdscale.runtime.gpu import WAY, Sight, agree_on_way
-from hvdscale.runtime.host import host_number
+from hvdscale.runtime.gpu import agree_on_way, look
 from hvdscale.runtime.settings import Setting
 from hvdscale.runtime.transport import Transport
 
@@ -26,10 +24,8 @@ def settle_way(horovod: Any, transport: Transport) -> tuple[Setting, ...]:
         WorldError: the user asks for what this Horovod cannot do.
     """
     global _direct
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") + os.environ.get("HIP_VISIBLE_DEVICES", "")
     built, nccl = bool(horovod.cuda_built() or horovod.rocm_built()), bool(horovod.nccl_built())
-    mine = Sight(host_number(), torch.cuda.device_count(), visible, built, nccl, os.environ.get(WAY, ""))
-    way = agree_on_way(mine, transport)
+    way = agree_on_way(look(torch.cuda.device_count(), built, nccl), transport)
     _direct = way.value == "direct"
     return (way,) if torch.version.cuda or torch.version.hip else ()
 

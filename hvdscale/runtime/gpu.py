@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 
 from hvdscale.errors import WorldError
+from hvdscale.runtime.host import host_number
 from hvdscale.runtime.settings import Setting
 from hvdscale.runtime.transport import Transport
 
-__all__ = ["WAY", "Sight", "agree_on_way", "choose_way"]
+__all__ = ["WAY", "Sight", "agree_on_way", "choose_way", "look"]
 
 WAY = "HVDSCALE_GPU"
 """``direct`` or ``host``: the user's choice. It may reach one rank only, and then counts for all."""
@@ -38,6 +40,13 @@ class Sight:
     built: bool
     nccl: bool
     asked: str
+
+
+def look(gpus: int, built: bool, nccl: bool, env: Mapping[str, str] | None = None) -> Sight:
+    """What this rank sees; the framework says how many GPUs, Horovod what it was built for."""
+    env = os.environ if env is None else env
+    visible = ",".join(env.get(name, "") for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"))
+    return Sight(host_number(), gpus, visible, built, nccl, env.get(WAY, ""))
 
 
 def agree_on_way(mine: Sight, transport: Transport) -> Setting:

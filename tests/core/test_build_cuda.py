@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hvdscale.errors import BuildError, WorldError
-from hvdscale.runtime.gpu import Sight, agree_on_way, choose_way
+from hvdscale.runtime.gpu import Sight, agree_on_way, choose_way, look
 from hvdscale.runtime.horovod_build import HOROVOD
 from hvdscale.runtime.horovod_build.cache import build_facts, build_key
 from hvdscale.runtime.horovod_build.cuda import choose_cuda, gpu_environment, torch_cuda
@@ -257,5 +257,8 @@ def test_a_way_that_cannot_be_is_refused(ranks: list[Sight], says: str) -> None:
 
 
 def test_ranks_tell_each_other_what_they_see() -> None:
-    assert agree_on_way(sight(asked="host"), SoloTransport()).value == "host"
+    env = {"CUDA_VISIBLE_DEVICES": "2,3", "HVDSCALE_GPU": "host"}
+    mine = look(2, True, False, env)
+    assert mine == Sight(mine.host, 2, "2,3,", True, False, "host")
+    assert agree_on_way(mine, SoloTransport()).value == "host"
     assert agree_on_way(sight(), SoloTransport()).value == "direct"
