@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 
-from ci.bench.harness import Process, Target, Variant, arguments, finish, interleave
+from ci.bench.harness import Process, Target, Variant, arguments, end_on_sigterm, finish, interleave
 from ci.bench.local import thread_env
 from ci.rig import Rig, RigError
 
@@ -44,6 +44,7 @@ def main() -> int:
         sizes = {name: sizes[name] for name in options.sizes.split(",")}
     work = [f"{name}:{size}:{repeats}" for name, (size, repeats) in sizes.items()]
     limits = {name: limit_seconds(size) for name, (size, _) in sizes.items() if name in LARGE}
+    end_on_sigterm()  # before there is a rig to remove
     try:
         with Rig(HOSTS, RATE_MBIT) as rig:
             variants = [Variant(LIMIT, "limit", fixed=limits)] if limits else []

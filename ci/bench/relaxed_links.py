@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ci.bench.harness import Process, Variant, arguments, launch, slowest
+from ci.bench.harness import Process, Variant, arguments, end_on_sigterm, launch, slowest
 from ci.bench.local import MPIRUN, thread_env
 from ci.bench.relaxed_curves import STEPS, SYNCHRONOUS, Curve, read_curves
 from ci.bench.relaxed_plans import BEST, DDP, INDEPENDENT, PLANS, POST_LOCAL, sent_bytes
@@ -170,6 +170,7 @@ def main() -> int:
     rates = [None] if options.rates == "none" else [float(rate) for rate in options.rates.split(",")]
     ways = tuple(dict.fromkeys((INDEPENDENT, *ways)))
     measured: dict[float | None, dict[str, Measured]] = {}
+    end_on_sigterm()  # before there is a rig to remove
     try:
         for rate in rates:
             if rate is None:

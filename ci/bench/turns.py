@@ -108,11 +108,17 @@ class _Player:
         self._samples[metric].append(max(map(float, answers)))
 
     def end(self) -> dict[str, list[float]]:
-        """Let the ranks leave their results, and check them. The samples by metric, named as in the results."""
+        """Let the ranks leave their results, and check them. The samples by metric, named as in the results.
+
+        Facts beside them, which are no times, hold for the whole run: the largest of any rank, in each round.
+        """
         self._signal(signal.SIGCONT)
         self._say(0, 0)
         left = self._launch.finish(self._deadline_seconds)
-        return dict(zip(left[0]["seconds"], self._samples.values(), strict=True))
+        timed = dict(zip(left[0]["seconds"], self._samples.values(), strict=True))
+        rounds = max(map(len, timed.values()))
+        facts = {name: [max(rank["facts"][name] for rank in left)] * rounds for name in left[0]["facts"]}
+        return timed | facts
 
     def _come_in(self, stack: ExitStack, door: socket.socket) -> list[TextIO]:
         try:

@@ -11,8 +11,9 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from ci.bench.harness import Results, arguments, interleave
+from ci.bench.harness import Results, arguments
 from ci.bench.local import local_variants
+from ci.bench.turns import take_turns
 
 RANKS = 2
 ROLES = {"local": "ours", "sharded": "ours", "central": "ours", "ddp": "peer", "zero": "peer", "fsdp": "peer"}
@@ -63,9 +64,9 @@ def table(results: Results) -> Table:
 
 
 def main() -> int:
-    options = arguments(__doc__ or "", rounds=3, steps=20, quick=(1, 8)).parse_args()
+    options = arguments(__doc__ or "", rounds=12, steps=4, quick=(3, 3)).parse_args()
     variants, note = local_variants("ci.bench.workers.update_placement", RANKS, ROLES, NAMES, options.steps)
-    results = interleave(variants, options.rounds, options.deadline)
+    results = take_turns(variants, options.rounds, options.steps, options.deadline)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table(results))
     console.print(note, highlight=False)

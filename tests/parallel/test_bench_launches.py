@@ -74,7 +74,7 @@ def stepping(name: str, file: Path, step: str, weights: str | None = None) -> Va
     code = (
         "import time; from ci.bench.workers.ranks import leave_result, median_seconds\n"
         f"def step():\n  open({str(file)!r}, 'a').write('{name}\\n'); {step}\n"
-        f"leave_result({{0}}, {weights}, step=median_seconds(step, 99, warmup=1))"
+        f"leave_result({{0}}, {weights}, {{{{'part': {{0}}}}}}, step=median_seconds(step, 99, warmup=1))"
     )
     return Variant(name, "ours", 2, tuple(python(code.format(rank)) for rank in range(2)))
 
@@ -87,6 +87,7 @@ def test_variants_that_stay_alive_take_turns(tmp_path: Path) -> None:
     assert names[4:] == (["a"] * 4 + ["b"] * 4) * 3  # of two ranks, after warming up
     assert {name: len(samples["step"]) for name, samples in results.samples.items()} == {"a": 3, "b": 3}
     assert results.median("b", "step") >= 0.02
+    assert results.samples["a"]["part"] == [1.0] * 3  # the larger rank's
 
 
 @pytest.mark.parametrize(

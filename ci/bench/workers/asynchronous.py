@@ -1,7 +1,8 @@
 """One rank of the asynchronous bench: a 3 M-parameter GPT on the source of Python's library, also with a straggler.
 
-First all ranks are equally fast, for a number of steps. Then the last one sleeps so long after each step that it is
-``SLOWER`` times as slow, for a number of seconds, and the first one watches the evaluation loss.
+Without ``--seconds`` all ranks are equally fast, and steps are timed in the harness's turns. With it the last one
+sleeps so long after each step that it is ``SLOWER`` times as slow, for so many seconds, and the first one watches the
+evaluation loss.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ import torch
 from torch import nn
 
 import hvdscale.torch as hvd
-from ci.bench.workers.ranks import digest, leave_result, meet
+from ci.bench.workers.ranks import digest, leave_result, median_seconds, meet
 from ci.bench.workers.torch_step import BATCH, CONTEXT, GPT
 
 SLOWER = 3
 HELD_OUT_BYTES = 1 << 16
 TEXT_BYTES = 1 << 22
-LOOK_SECONDS = 3.0  # between two evaluations
+LOOK_SECONDS = 1.0  # between two evaluations
+STRETCH_STEPS = 4  # timed together: an asynchronous step may be short because the one before was long
 
 
 def text() -> np.ndarray:
@@ -84,25 +86,30 @@ def total(value: float) -> float:
     return float(hvd.allreduce(torch.tensor(value, dtype=torch.float64), op=hvd.Sum))
 
 
-def equal_ranks(plan: Any, steps: int, windows: Windows) -> tuple[dict[str, float], GPT]:
-    """Seconds per step of ranks that are equally fast, from the first step to the end of all."""
+def equal_ranks(plan: Any, windows: Windows) -> None:
+    """Seconds of a few steps of ranks that are equally fast, and what serving takes."""
     model, optimizer = fresh(plan)
     step = stepping(model, optimizer, windows)
-    for _ in range(3):
-        step()
+    stretches = 0
+
+    def stretch() -> None:
+        nonlocal stretches
+        stretches += 1
+        for _ in range(STRETCH_STEPS):
+            step()
+
+    stretch()
     optimizer.sync.flush()
-    before = optimizer.sync.metrics()
-    total(0.0)
-    start = time.perf_counter()
-    for _ in range(steps):
-        step()
+    before, stretches = optimizer.sync.metrics(), 0
+    seconds = median_seconds(stretch, 1, warmup=0)
     optimizer.sync.flush()
-    figures = {"equal ranks: seconds per step": (time.perf_counter() - start) / steps}
+    facts = {}
     if not isinstance(plan, hvd.EveryStep):
-        after = optimizer.sync.metrics()
-        figures["server CPU, seconds per step"] = (after["server_cpu_seconds"] - before["server_cpu_seconds"]) / steps
-        figures["sent bytes per step"] = (after["bytes_sent"] - before["bytes_sent"]) / steps
-    return figures, model
+        after, steps = optimizer.sync.metrics(), stretches * STRETCH_STEPS
+        facts["server CPU, seconds per step"] = (after["server_cpu_seconds"] - before["server_cpu_seconds"]) / steps
+        facts["sent MB per step"] = (after["bytes_sent"] - before["bytes_sent"]) / steps / 1e6
+    weights = digest(p.detach().numpy() for p in model.parameters())
+    leave_result(hvd.rank(), weights, facts, **{f"equal ranks: seconds of {STRETCH_STEPS} steps": seconds})
 
 
 def straggling(plan: Any, seconds: float, target: float, pause_seconds: float, windows: Windows) -> dict[str, float]:
@@ -138,20 +145,20 @@ def straggling(plan: Any, seconds: float, target: float, pause_seconds: float, w
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--way", choices=("synchronous", "asynchronous"), required=True)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--target", type=float, required=True)
+    parser.add_argument("--seconds", type=float, help="with a straggler, for so long")
+    parser.add_argument("--target", type=float, default=0.0, help="evaluation loss to reach")
     options = parser.parse_args()
     hvd.init()
     plan = hvd.EveryStep() if options.way == "synchronous" else hvd.ParameterServer(None)
     windows = Windows(hvd.rank())
     meet(hvd.rank(), hvd.size())
+    if options.seconds is None:
+        equal_ranks(plan, windows)
+        return
     alone = stepping(*fresh(None), windows)
     step_seconds = statistics.median(timed(alone) for _ in range(8))
-    figures, model = equal_ranks(plan, options.steps, windows)
-    weights = digest(p.detach().numpy() for p in model.parameters())
-    figures |= straggling(plan, options.seconds, options.target, (SLOWER - 1) * step_seconds, windows)
-    leave_result(hvd.rank(), weights, **figures)
+    pause_seconds = (SLOWER - 1) * step_seconds
+    leave_result(hvd.rank(), **straggling(plan, options.seconds, options.target, pause_seconds, windows))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,8 @@ def main() -> None:
     step = training_step(joined, optimizer, random_batch(rank))
     meet(rank, ranks)
     seconds = median_seconds(step, options.steps, warmup=3)
-    leave_result(rank, digest(weights_of(model, options.way)), step=seconds, share=state_bytes(optimizer) / whole)
+    facts = {"share": state_bytes(optimizer) / whole}
+    leave_result(rank, digest(weights_of(model, options.way)), facts, step=seconds)
 
 
 if __name__ == "__main__":
