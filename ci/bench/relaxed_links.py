@@ -52,10 +52,11 @@ class Measured:
 
 
 def steps_of(way: str, steps: int) -> int:
-    """Ways that meet at every step take seconds each: fewer steps say as much."""
+    """Steps of ways that meet often take seconds each: fewer say as much."""
     plan = PLANS.get(way)
-    synchronous = way == DDP or isinstance(plan, EveryStep) or getattr(plan, "every", 0) == 1
-    return max(2, steps // 8) if synchronous else steps
+    if way == DDP or isinstance(plan, EveryStep) or getattr(plan, "every", 0) == 1:
+        return max(2, steps // 16)
+    return max(8, steps // 2) if way == POST_LOCAL else steps
 
 
 def worker(way: str, steps: int) -> tuple[str, ...]:
