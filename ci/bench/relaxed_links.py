@@ -1,6 +1,7 @@
 """Four hosts on slow links train a 3 M-parameter GPT: what does a step take when ranks meet seldom, and what travels?
 
     python -m ci.bench.relaxed_links [--quick] [--json FILE]       (root, Linux: see ``python -m ci.rig check``)
+    python -m ci.bench.relaxed_links --rates 25 --ways "every step" --record FILE     a part now, the rest another time
 
 A step's seconds are a mean over whole periods, rounds included. Together with the recorded curves
 (``ci.bench.relaxed_curves``) they give the time to the loss that synchronous training has after 300 steps: steps
@@ -13,8 +14,9 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +66,26 @@ def worker(way: str, steps: int) -> tuple[str, ...]:
     return (sys.executable, "-m", module, "--way", way, "--steps", str(steps_of(way, steps)))
 
 
-def measure(rig: Rig | None, ways: Sequence[str], options: Any) -> dict[str, Measured]:
-    """All ways in turn, ``options.rounds`` times."""
+def read_record(path: Path | None) -> dict[float | None, dict[str, Measured]]:
+    """What earlier calls left there, by rate and way."""
+    recorded = json.loads(path.read_text()) if path and path.exists() else {}
+    return {
+        None if rate == "unshaped" else float(rate): {way: Measured(**one) for way, one in by_way.items()}
+        for rate, by_way in recorded.items()
+    }
+
+
+def write_record(path: Path | None, measured: Mapping[float | None, Mapping[str, Measured]]) -> None:
+    if path:
+        rates = {"unshaped" if rate is None else f"{rate:g}": by_way for rate, by_way in measured.items()}
+        ways = {
+            rate: {way: asdict(one) for way, one in by_way.items() if one.seconds} for rate, by_way in rates.items()
+        }
+        path.write_text(json.dumps(ways, indent=1) + "\n")
+
+
+def measure(rig: Rig | None, ways: Sequence[str], options: Any) -> Iterator[tuple[str, Measured]]:
+    """All ways in turn, ``options.rounds`` times: each way with its samples so far, after each launch."""
     found = {way: Measured() for way in ways}
     for _ in range(options.rounds):
         for way in ways:
@@ -82,7 +102,7 @@ def measure(rig: Rig | None, ways: Sequence[str], options: Any) -> dict[str, Mea
             for name in ("wire_bytes", "counted_bytes"):
                 setattr(found[way], name, statistics.mean(rank["facts"][name] for rank in left))
             print(f"{way}: {found[way].seconds[-1]:.3f} s a step", file=sys.stderr, flush=True)  # minutes lie between
-    return found
+            yield way, found[way]
 
 
 def step_table(measured: Mapping[float | None, Mapping[str, Measured]]) -> Table:
@@ -166,29 +186,30 @@ def main() -> int:
     parser = arguments(__doc__ or "", rounds=1, steps=32, quick=(1, 8))
     parser.add_argument("--rates", default="200,100,25", help="Mbit/s, with commas between; none: no rig (%(default)s)")
     parser.add_argument("--ways", help=f"only these, with ; between: {'; '.join(WAYS)}")
+    parser.add_argument("--record", type=Path, help="a JSON that each launch is added to; what it holds is shown, too")
     options = parser.parse_args()
     ways = tuple(way.strip() for way in options.ways.split(";")) if options.ways else WAYS
     rates = [None] if options.rates == "none" else [float(rate) for rate in options.rates.split(",")]
     ways = tuple(dict.fromkeys((INDEPENDENT, *ways)))
-    measured: dict[float | None, dict[str, Measured]] = {}
+    measured = read_record(options.record)
     end_on_sigterm()  # before there is a rig to remove
     try:
         for rate in rates:
-            if rate is None:
-                measured[rate] = measure(None, ways, options)
-            else:
-                with Rig(HOSTS, rate) as rig:
-                    measured[rate] = measure(rig, ways, options)
+            with nullcontext() if rate is None else Rig(HOSTS, rate) as rig:
+                for way, one in measure(rig, ways, options):
+                    measured.setdefault(rate, {})[way] = one
+                    write_record(options.record, measured)
     except RigError as error:
         print(f"Nothing was measured. {error}", file=sys.stderr)
         return 0
     curves = read_curves()
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(step_table(measured))
-    if rates != [None]:
-        console.print(bytes_table(measured, options.steps))
-        if SYNCHRONOUS in curves and DDP in ways:
-            console.print(time_table(curves, measured))
+    shaped = {rate: by_way for rate, by_way in measured.items() if rate is not None}
+    if shaped:
+        console.print(bytes_table(shaped, options.steps))
+        if SYNCHRONOUS in curves and all(DDP in by_way for by_way in shaped.values()):
+            console.print(time_table(curves, shaped))
     rows = judged(measured, curves, options.steps)
     for what, reached, target, met in rows:
         verdict = "met" if met else "[bold red]missed[/]"

@@ -10,7 +10,7 @@ import pytest
 
 from ci.bench import relaxed_curves
 from ci.bench.relaxed_curves import Curve, read_curves
-from ci.bench.relaxed_links import Measured, judged, sooner, steps_of
+from ci.bench.relaxed_links import Measured, judged, read_record, sooner, steps_of, write_record
 from ci.bench.relaxed_plans import BEST, DDP, INDEPENDENT, PLANS, POST_LOCAL, sent_bytes
 from hvdscale.runtime.channel import TransportChannel
 from hvdscale.runtime.transport import Transport, run_loopback
@@ -52,6 +52,13 @@ def test_the_formula_is_what_rounds_count(wire: str, fragments: int) -> None:
     counted = run_loopback(4, body)
     told = sent_bytes(plan, 4, steps=8, matrix_values=2 * 256 * 512, other_values=64)
     assert counted == [pytest.approx(told, rel=0.01)] * 4  # headers are less than that
+
+
+def test_what_was_measured_can_be_gone_on_with(tmp_path: Path) -> None:
+    measured = {100.0: {DDP: Measured([2.0, 3.0], 1e6, 9e5)}, None: {BEST: Measured([0.5])}}
+    assert read_record(tmp_path / "links.json") == {}
+    write_record(tmp_path / "links.json", measured)
+    assert read_record(tmp_path / "links.json") == measured
 
 
 def test_time_to_a_loss_is_steps_needed_times_seconds_of_a_step() -> None:
