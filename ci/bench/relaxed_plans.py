@@ -37,7 +37,7 @@ PLANS: dict[str, EveryStep | Relaxed] = {
 WIRES = {"int8": ("local SGD, 4, int8", 0.003), "int4": ("local SGD, 4, int4", 0.01)}
 """By wire: its plan, and how much above the same plan over fp32, ``FULL_WIRE``, its loss may end."""
 FULL_WIRE = "local SGD, 4"
-BEST = "local SGD, 8, int8, overlap"
+BEST = "local SGD, 16, int8, overlap"
 
 # The model of the benches: what goes coded, and what goes as float32 all the same (embeddings, norms, biases).
 MATRIX_VALUES, OTHER_VALUES = 3_211_264, 112_128

@@ -30,14 +30,21 @@ def main() -> None:
     for _ in range(WARMUP_STEPS):
         step()
     trainer.flush()  # a round of everything: connections are open and memory is there
-    for _ in range(trainer.period if trainer.overlaps else 0):
+    wire, counted = _wire_bytes(), trainer.metrics().get("bytes_sent", 0.0)
+    first_steps = trainer.period if trainer.overlaps else 0
+    for _ in range(first_steps):
         step()  # what is on its way at the end is on its way at the beginning, too
     meet(trainer.rank, trainer.ranks)
-    wire, counted = _wire_bytes(), trainer.metrics().get("bytes_sent", 0.0)
     seconds = mean_seconds(step, options.steps)
-    trainer.flush()  # what is still on its way arrives before bytes are compared
-    counted = trainer.metrics().get("bytes_sent", 0.0) - counted
-    facts = {"wire_bytes": _wire_bytes() - wire, "counted_bytes": counted}
+    if trainer.overlaps:
+        with trainer.evaluating():
+            pass  # waits for what is on its way, and sends nothing
+    timed_part = options.steps / (first_steps + options.steps)
+    facts = {
+        "wire_bytes": (_wire_bytes() - wire) * timed_part,
+        "counted_bytes": (trainer.metrics().get("bytes_sent", 0.0) - counted) * timed_part,
+    }
+    trainer.flush()  # so that ranks can be compared
     kept_in_step = options.way not in (INDEPENDENT, POST_LOCAL)
     weights = digest(p.detach().numpy() for p in model.parameters()) if kept_in_step else None
     leave_result(trainer.rank, weights, facts, step=seconds)
