@@ -140,7 +140,7 @@ def _graph(n: int) -> Graph:
 
 
 def main() -> int:
-    parser = arguments(__doc__ or "", rounds=6, steps=3, quick=(2, 2))
+    parser = arguments(__doc__ or "", rounds=6, steps=2, quick=(1, 2))
     parser.add_argument("--only", default=",".join(PARTS), help=f"some of {', '.join(PARTS)} (default: all)")
     options = parser.parse_args()
     wanted = options.only.split(",")

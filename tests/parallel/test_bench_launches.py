@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from ci.bench.harness import BenchError, Process, Variant, run_once
+from ci.bench.local import local_variants
+from ci.bench.pipeline import NAMES, ROLES
 from ci.bench.turns import take_turns
 
 
@@ -105,6 +107,18 @@ def test_a_variant_that_cannot_take_its_turn_is_an_error(
     file = tmp_path / "steps"
     with pytest.raises(BenchError, match=says):
         take_turns([stepping("a", file, step.replace("FILE", repr(str(file))), weights)], 3, 2, 30)
+
+
+def test_every_way_of_the_pipeline_bench_is_timed_for_what_it_is_asked() -> None:
+    roles = {way: role for way, role in ROLES.items() if way != "torch"}  # torch's own is not ours to test
+    variants, _ = local_variants("ci.bench.workers.pipeline", 2, roles, NAMES, 1)
+    samples = take_turns(variants, rounds=1, steps=1, deadline_seconds=120).samples
+    assert {name: list(by_metric) for name, by_metric in samples.items()} == {
+        NAMES["independent"]: ["m=4", "m=8", "m=16"],
+        NAMES["1f1b"]: ["m=4", "m=8", "m=16"],
+        NAMES["zb"]: ["m=4"],
+    }
+    assert all(seconds > 0 for by_metric in samples.values() for (seconds,) in by_metric.values())
 
 
 SLEEP = "import os, time; open({!r}, 'w').write(str(os.getpid())); time.sleep(60)"

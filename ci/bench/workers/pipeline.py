@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from ci.bench.workers.ranks import leave_result, medians_of, meet
 from ci.bench.workers.torch_step import WIDTH, Block
 
-BLOCKS, BATCH, CONTEXT = 8, 16, 128
+BLOCKS, BATCH, CONTEXT = 8, 16, 32
 MICROBATCHES = (4, 8, 16)
 SLEEP_SECONDS, SLEEP_BATCH = 0.02, 8
 
 
 def layers() -> list[nn.Module]:
     torch.manual_seed(0)
-    return [Block() for _ in range(BLOCKS)]
+    return [Block(WIDTH) for _ in range(BLOCKS)]
 
 
 def data() -> tuple[Tensor, Tensor]:
