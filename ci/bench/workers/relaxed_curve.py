@@ -29,9 +29,10 @@ def learning_rate(step: int) -> float:
     return 1 - (1 - LAST_PART) * down
 
 
-def judged_after(step: int, period: int) -> bool:
-    """Where all ranks have just met: seldom at first, often around step 300."""
-    if step % period:
+def judged_after(step: int, period: int, overlap: int) -> bool:
+    """Where what all ranks said in a round has just arrived: seldom at first, often around step 300."""
+    step -= overlap
+    if step <= 0 or step % period:
         return False
     return step % max(64, period) == 0 or (step >= 256 and step % max(16, period) == 0) or (period == 1 and step == 300)
 
@@ -67,7 +68,7 @@ def main() -> None:
         rate.step()
         if step == options.steps:
             trainer.flush()
-        if step == options.steps or judged_after(step, trainer.period):
+        if step == options.steps or judged_after(step, trainer.period, trainer.overlap):
             curve[step] = held_out_loss(trainer, share)
             if trainer.rank == 0:
                 print(

@@ -31,12 +31,12 @@ def main() -> None:
         step()
     trainer.flush()  # a round of everything: connections are open and memory is there
     wire, counted = _wire_bytes(), trainer.metrics().get("bytes_sent", 0.0)
-    first_steps = trainer.period if trainer.overlaps else 0
+    first_steps = trainer.period if trainer.overlap else 0
     for _ in range(first_steps):
         step()  # what is on its way at the end is on its way at the beginning, too
     meet(trainer.rank, trainer.ranks)
     seconds = mean_seconds(step, options.steps)
-    if trainer.overlaps:
+    if trainer.overlap:
         with trainer.evaluating():
             pass  # waits for what is on its way, and sends nothing
     timed_part = options.steps / (first_steps + options.steps)

@@ -36,7 +36,7 @@ class Trainer:
     flush: Callable[[], None] = lambda: None
     metrics: Callable[[], dict[str, float]] = dict
     period: int = 1  # steps between rounds
-    overlaps: bool = False  # rounds travel while training goes on
+    overlap: int = 0  # steps a round travels while training goes on
 
     def step(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
         """Train once on int[batch, context] each; the loss."""
@@ -94,7 +94,7 @@ def _ours(way: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> Train
     return Trainer(
         *(hvd.rank(), hvd.size(), model, optimizer, hvd.allreduce),
         *(sync.evaluating, sync.flush, sync.metrics, every if isinstance(every, int) else 1),
-        getattr(plan, "overlap", 0) > 0,
+        getattr(plan, "overlap", 0),
     )
 
 
