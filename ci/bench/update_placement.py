@@ -64,7 +64,7 @@ def table(results: Results) -> Table:
 
 
 def main() -> int:
-    options = arguments(__doc__ or "", rounds=12, steps=4, quick=(3, 3)).parse_args()
+    options = arguments(__doc__ or "", rounds=6, steps=4, quick=(3, 3)).parse_args()
     variants, note = local_variants("ci.bench.workers.update_placement", RANKS, ROLES, NAMES, options.steps)
     results = take_turns(variants, options.rounds, options.steps, options.deadline)
     console = Console(width=None if sys.stdout.isatty() else 120)
