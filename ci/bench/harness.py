@@ -116,9 +116,12 @@ class Results:
     def ratio(self, metric: str, of: str, to: str) -> float:
         """``of`` over ``to``: above 1, ``to`` is the faster, or takes the less memory.
 
-        The median of what each round gave: what slows the machine for a while slows both sides of a round.
+        The median of what each round gave: what slows the machine for a while slows both sides of a round. Of what was
+        not measured once a round it is the ratio of medians.
         """
         above, below = self.samples[of][metric], self.samples[to][metric]
+        if len(above) != len(below):
+            return self.median(of, metric) / self.median(to, metric)
         return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
     def ratio_to(self, role: str, metric: str, variant: str) -> float | None:

@@ -46,6 +46,11 @@ def test_launches_alternate_and_medians_are_over_rounds() -> None:
     assert results.ratio_to("peer", "step", "ours") is None
 
 
+def test_what_was_not_measured_once_a_round_is_compared_by_medians() -> None:
+    samples = {"limit": {"step": [4.0]}, "ours": {"step": [1.0, 2.0, 9.0]}}
+    assert Results((LIMIT, OURS), samples).ratio("step", of="limit", to="ours") == 2.0
+
+
 def test_a_metric_without_a_limit_has_no_ratio_to_it() -> None:
     ours = Variant("ours", "ours", fixed={"step": 2.0, "small": 0.1})
     results = interleave([LIMIT, ours], 1, 1)
