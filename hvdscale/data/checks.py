@@ -22,6 +22,7 @@ __all__ = [
     "function",
     "instance",
     "integer",
+    "numbers",
     "numbers_below",
     "one_of",
     "own_shard",
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 MOST_SHARDS = 2**16 - 1
+_MOST = 2**36  # numbers of a range, in memory
 
 
 def instance(name: str, value: object, *kinds: type) -> None:
@@ -69,10 +71,27 @@ def array(name: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
     if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
         missing = int(np.count_nonzero(np.ma.getmaskarray(values)))
         raise PlanError(f"{name} must all be there; {missing} of this masked array are not.")
+    if isinstance(values, range):
+        return numbers(name, values)
     try:
         return np.asarray(values)
     except ValueError:
         raise PlanError(f"{name} are one array; these lists are of unequal length: {values!r:.80}.") from None
+
+
+def numbers(name: str, span: range) -> npt.NDArray[Any]:
+    """A range as an array.
+
+    Raises:
+        PlanError: of more numbers than any memory holds.
+    """
+    count = max(0, -((span.start - span.stop) // span.step))  # len() has an end of its own
+    if count > _MOST:
+        raise PlanError(f"{name} lie in memory together, at most {_MOST:,}; {span} are {count:,}. Give them in parts.")
+    low, high = min(span.start, span.stop), max(span.start, span.stop)
+    if low >= -(2**63) and high < 2**63:
+        return np.arange(span.start, span.stop, span.step, dtype=np.int64)
+    return np.array(list(span), np.uint64 if low >= 0 and high <= 2**64 else object)
 
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from hvdscale.data.checks import array
+from hvdscale.data.checks import array, numbers
 from hvdscale.data.types import Keys, UInt64s
 from hvdscale.errors import PlanError
 
@@ -63,7 +63,7 @@ def key_vector(keys: object) -> Keys:
     Raises:
         PlanError: one string, a set, a dictionary, an iterator, or an array of another shape.
     """
-    vector: Any = keys
+    vector: Any = numbers("Keys", keys) if isinstance(keys, range) else keys
     if not isinstance(keys, list | tuple | np.ndarray) and hasattr(keys, "__array__"):
         vector = np.asarray(keys)
     if isinstance(vector, np.ndarray):

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
-from hvdscale.data import ShardPlan, Table, add_sums
+from hvdscale.data import ShardPlan, Table, add_sums, split
 from hvdscale.errors import PlanError, StateError
+
+
+class Endless(Sequence[int]):
+    """More keys than any memory holds."""
+
+    def __len__(self) -> int:
+        return 2**62
+
+    def __getitem__(self, index: Any) -> Any:
+        return index
+
 
 PLANS: list[tuple[Callable[[], Any], str]] = [
     (lambda: ShardPlan(-1, 2), r"n, the number of samples, must be an integer in 0\..*; it is -1"),
@@ -23,6 +34,8 @@ PLANS: list[tuple[Callable[[], Any], str]] = [
     (lambda: ShardPlan(10, 2, "sorted"), "'ordered', 'random', 'hash'; it is 'sorted'"),
     (lambda: ShardPlan(10, 2, tail="cut"), "'exact', 'pad', 'drop'; it is 'cut'"),
     (lambda: ShardPlan(10, 2, seed=-1), "seed must be an integer from 0; it is -1"),
+    (lambda: ShardPlan(10, 2).owner(range(2**62)), r"Samples .* at most 68,719,476,736; range\(0, 4611.*\) are 4,611"),
+    (lambda: split(range(0, -(2**70), -1), (0.5, 0.5)), r"Keys lie in memory together.*Give them in parts"),
     (lambda: ShardPlan(10, 2, weights=[1.0, 0.0]), "that of shard 1 is 0"),
     (lambda: ShardPlan(10, 2, weights=[-3, 1]), "that of shard 0 is -3"),
     (lambda: ShardPlan(10, 2, weights=[float("nan"), 1]), "that of shard 0 is nan"),
@@ -42,7 +55,8 @@ PLANS: list[tuple[Callable[[], Any], str]] = [
     (lambda: ShardPlan(10, 2, tail="pad").reader(0, 10**15), r"batch_size is 10+, and the largest shard holds 5"),
     (lambda: ShardPlan(10, 2, tail="pad").reader(0, 2**62 + 1), r"batch_size must be an integer in 1\.\.4611"),
     (lambda: ShardPlan(10, 2).reader(0, 4).deliver("one"), "batch is a Batch; it is 'one'"),
-    (lambda: ShardPlan(2**62, 2, "hash", keys=range(2**62)), "9,223,372,036,854,775,808 bytes for 4,611,"),
+    (lambda: ShardPlan(2**62, 2, "hash", keys=range(2**62)), r"Keys lie in memory .* are 4,611,"),
+    (lambda: ShardPlan(2**62, 2, "hash", keys=Endless()), "9,223,372,036,854,775,808 bytes for 4,611,"),
     (lambda: ShardPlan(2, 2, "hash", keys=np.ma.array([1, 2], mask=[0, 1])), "Keys must all be there; 1 of"),
     (lambda: add_sums([1, -1]), "Each sum must be an integer from 0; it is -1"),
     (lambda: Table([1, 2], 3), "collate is a function; it is 3"),
@@ -182,6 +196,14 @@ def test_other_keys_than_those_of_the_saved_plan(saved: list[str] | None, keys: 
 def test_a_reader_loads_only_its_own_state(plan: ShardPlan, shard: int, batch_size: int, message: str) -> None:
     with pytest.raises(StateError, match=message):
         plan.reader(shard, batch_size).load_state_dict(states(PLAN)[0])
+
+
+def test_a_range_is_as_good_as_its_numbers() -> None:
+    for keys in (range(7), range(9, -9, -3), range(2**63 - 2, 2**63 + 2), range(0)):
+        plan = ShardPlan(len(keys), 3, "hash", keys=keys)
+        same = ShardPlan(len(keys), 3, "hash", keys=list(keys))
+        assert [plan.indices(shard).tolist() for shard in range(3)] == [same.indices(i).tolist() for i in range(3)]
+        assert plan.owner_of_keys(keys).tolist() == plan.owner_of_keys(list(keys)).tolist()
 
 
 def test_batches_are_delivered_in_order() -> None:
