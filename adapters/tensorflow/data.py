@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from hvdscale.data import BalancedPlan, Batch, Feed, Passes, ShardPlan, ShardStream, StreamFeed, Table
 from hvdscale.data.checks import function, instance, integer, own_shard
+from hvdscale.data.stream_reader import records_from
 from hvdscale.data.tables import stack
 from hvdscale.errors import PlanError
 from hvdscale.tensorflow.arrays import layout_of
@@ -146,7 +147,7 @@ class StreamDataset(_Counted):
         prefetch: int,
     ) -> None:
         def example() -> Any:
-            record = next(iter(source(0)), None)
+            record = next(records_from(source, 0), None)
             if record is None:
                 raise PlanError("The stream has no record to see types and shapes by; give signature=...")
             return collate([record])

@@ -14,7 +14,7 @@ from hvdscale.data.stream_routes import Picked, Route, Tickets
 from hvdscale.data.types import Int64s
 from hvdscale.errors import PlanError
 
-__all__ = ["StreamReader"]
+__all__ = ["StreamReader", "records_from"]
 
 
 class StreamReader(Iterator[list[Any]]):
@@ -57,10 +57,7 @@ class StreamReader(Iterator[list[Any]]):
 
     def _read(self, source: Callable[[int], Iterable[Any]]) -> Picked:
         start = self._open - self._open % self._route.span
-        given = source(start)
-        if not isinstance(given, Iterable):
-            raise PlanError(f"source(start) gives the records from number start on, one by one; it gave {given!r:.80}.")
-        records = iter(given)
+        records = records_from(source, start)
         for head in records:
             span = chain([head], islice(records, self._route.span - 1))
             yield from self._route.pick(span, start, self._wanted)
@@ -77,3 +74,15 @@ class StreamReader(Iterator[list[Any]]):
             if int(positions.min(initial=0)) < max(run.reached):
                 wanted &= ~run.delivered(positions, owners)
         return wanted
+
+
+def records_from(source: Callable[[int], Iterable[Any]], start: int) -> Iterator[Any]:
+    """The records of ``source`` from number ``start`` on.
+
+    Raises:
+        PlanError: it gives something else.
+    """
+    given = source(start)
+    if not isinstance(given, Iterable):
+        raise PlanError(f"source(start) gives the records from number start on, one by one; it gave {given!r:.80}.")
+    return iter(given)

@@ -212,3 +212,8 @@ def test_an_iterator_that_was_overtaken_is_refused(size: int) -> None:
 def test_a_signature_is_of_tensors(size: int, signature: Any) -> None:
     with pytest.raises(hvd.PlanError, match=r"signature is tf\.TensorSpec"):
         hvd.shard_dataset(np.arange(N), hvd.ShardPlan(N, size), 4, signature=signature)
+
+
+def test_a_source_that_gives_no_records_is_refused(size: int) -> None:
+    with pytest.raises(hvd.PlanError, match="one by one; it gave 5"):
+        hvd.shard_dataset(lambda start: 5, stream("ordered", size), 4)
