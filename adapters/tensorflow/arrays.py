@@ -34,15 +34,19 @@ class Layout:
         """The arrays of a batch, one behind another, in the types of the signature."""
         tf.nest.assert_same_structure(self.signature, batch)
         parts = zip(tf.nest.flatten(batch), self.types, strict=True)
-        return [
-            np.asarray(part) if kind == tf.string else np.asarray(part, kind.as_numpy_dtype) for part, kind in parts
-        ]
+        return [_texts(part) if kind == tf.string else np.asarray(part, kind.as_numpy_dtype) for part, kind in parts]
 
     def packed(self, tensors: Sequence[tf.Tensor]) -> Any:
         """Such tensors as a batch, with the shapes of the signature."""
         for tensor, spec in zip(tensors, tf.nest.flatten(self.signature), strict=True):
             tensor.set_shape(spec.shape)
         return tf.nest.pack_sequence_as(self.signature, list(tensors))
+
+
+def _texts(part: Any) -> np.ndarray:
+    """Strings as TensorFlow holds them: bytes, text in UTF-8."""
+    array = np.asarray(part)
+    return np.char.encode(array, "utf-8") if array.dtype.kind == "U" else array
 
 
 def layout_of(signature: Any, example: Callable[[], Any], batch_size: int | None) -> Layout:

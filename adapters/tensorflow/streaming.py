@@ -61,6 +61,7 @@ def counted_pipeline(
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     options.experimental_optimization.inject_prefetch = False
+    options.experimental_optimization.map_parallelization = False  # a user's map behind this would draw ahead of it
     options.deterministic = True
     if prefetch:
         batches = batches.prefetch(prefetch)

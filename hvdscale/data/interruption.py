@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hvdscale.data.types import Share
+import numpy as np
+
+from hvdscale.data.types import Int64s, Share
+from hvdscale.errors import StateError
 
 __all__ = ["Interruption", "Leg"]
 
@@ -20,6 +23,20 @@ class Leg:
 
     shares: tuple[Share, ...]
     delivered: tuple[int, ...]
+
+    def within(self, sizes: Int64s, epoch: int) -> Int64s:
+        """``delivered``, where shards held ``sizes``, both int64[shards].
+
+        Raises:
+            StateError: a shard has read more than it held.
+        """
+        for shard, (count, size) in enumerate(zip(self.delivered, sizes.tolist(), strict=True)):
+            if count > size:
+                raise StateError(
+                    f"A shard delivers at most its own samples; in epoch {epoch} shard {shard} of an earlier run held "
+                    f"{size}, and the state says {count} were delivered. It is damaged: take the one saved before."
+                )
+        return np.array(self.delivered, np.int64)
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ class ShardPlan:
             reading = self._first_reading(past.legs[0].shares, epoch)
             after = [*(leg.shares for leg in past.legs[1:]), self.shares]
             for leg, shares in zip(past.legs, after, strict=True):
-                reading = reading.after(np.array(leg.delivered, np.int64), shares)
+                reading = reading.after(leg.within(reading.sizes, epoch), shares)
             self._continued[epoch] = reading
         return self._continued[epoch]
 

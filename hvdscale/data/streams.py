@@ -61,9 +61,8 @@ class ShardStream:
     """What earlier runs of this epoch read, as ``resume`` knows it from their states."""
 
     def __post_init__(self) -> None:
-        integer("shards", self.shards, 1, MOST_SHARDS)
-        integer("seed", self.seed, 0)
-        integer("epoch", self.epoch, 0)
+        for name, low, high in (("shards", 1, MOST_SHARDS), ("seed", 0, None), ("epoch", 0, None)):
+            object.__setattr__(self, name, integer(name, getattr(self, name), low, high))
         one_of("policy", self.policy, get_args(StreamPolicy))
         instance("past", self.past, tuple)
         for run in self.past:
@@ -123,8 +122,8 @@ class ShardStream:
             PlanError: an argument out of its range.
             StateError: ``after`` is of another stream, run or shard.
         """
-        integer("shard", shard, 0, self.shards - 1)
-        integer("batch_size", batch_size, 1, _LARGEST_BATCH)
+        shard = integer("shard", shard, 0, self.shards - 1)
+        batch_size = integer("batch_size", batch_size, 1, _LARGEST_BATCH)
         integer("every", every, 1)
         integer("first", first, 0, every - 1)
         if not callable(source):

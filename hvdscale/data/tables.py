@@ -61,6 +61,8 @@ def stack(items: Sequence[Any]) -> Any:
         return {name: stack([item[name] for item in items]) for name in first}
     if isinstance(first, tuple):
         return tuple(stack(parts) for parts in zip(*items, strict=True))
+    if isinstance(first, bytes):
+        return np.array(items, object)  # NumPy's own strings end before zero bytes
     return np.stack([np.asarray(item) for item in items])
 
 

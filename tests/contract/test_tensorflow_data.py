@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -217,3 +218,22 @@ def test_a_signature_is_of_tensors(size: int, signature: Any) -> None:
 def test_a_source_that_gives_no_records_is_refused(size: int) -> None:
     with pytest.raises(hvd.PlanError, match="one by one; it gave 5"):
         hvd.shard_dataset(lambda start: 5, stream("ordered", size), 4)
+
+
+def test_a_map_behind_it_draws_no_batch_ahead(size: int) -> None:
+    dataset = hvd.shard_dataset(np.arange(N), hvd.ShardPlan(N, size), 2)
+    for taken, _ in enumerate(dataset.map(lambda batch: batch + 0), start=1):
+        time.sleep(0.05)  # as a training step: time enough to draw the next
+        assert dataset.state_dict()["step"] == taken
+        if taken == 3:
+            break
+
+
+def test_texts_and_bytes_arrive_whole() -> None:
+    records = [b"a\0\0", b"\0"]
+    stream_of = hvd.shard_dataset(lambda start: iter(records[start:]), hvd.ShardStream(1), 2, shard=0)
+    for dataset in (stream_of, hvd.shard_dataset(records, hvd.ShardPlan(2, 1, "ordered"), 2, shard=0)):
+        assert [batch.numpy().tolist() for batch in dataset] == [records]
+    for words in (np.array(["a", "\u00e9"]), ["a", "\u00e9"]):
+        (batch,) = hvd.shard_dataset(words, hvd.ShardPlan(2, 1, "ordered"), 2, shard=0)
+        assert [text.decode() for text in batch.numpy().tolist()] == ["a", "\u00e9"]

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvdscale.data import Reader, ShardPlan, add_sums
+from hvdscale.errors import StateError
 
 POLICIES = ("ordered", "random", "hash")
 
@@ -174,3 +175,17 @@ def test_weights_are_kept_or_changed() -> None:
     assert ShardPlan.resume(states) == ShardPlan(90, 2, weights=[1, 2])
     assert ShardPlan.resume(states, 3) == ShardPlan(90, 3)
     assert ShardPlan.resume(states, 2, weights=[2, 1]) == ShardPlan(90, 2, weights=[2, 1])
+
+
+@pytest.mark.parametrize("count", [51, 10**30])
+def test_a_leg_of_more_samples_than_there_were_is_refused(count: int) -> None:
+    plan = ShardPlan(100, 2)
+    readers = [plan.reader(shard, 4) for shard in range(2)]
+    for reader in readers:
+        next(reader)
+    plan = ShardPlan.resume([reader.state_dict() for reader in readers], 3)
+    states = json.loads(json.dumps([plan.reader(shard, 4).state_dict() for shard in range(3)]))
+    for state in states:
+        state["plan"]["interrupted"][0]["legs"][0]["delivered"] = [count, 4]
+    with pytest.raises(StateError, match=f"shard 0 of an earlier run held 50, and the state says {count} were"):
+        ShardPlan.resume(states, 3).indices(0)

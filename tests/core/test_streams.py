@@ -337,3 +337,10 @@ def test_a_state_of_another_window() -> None:
 def test_bad_arguments(call: Callable[[], object], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         call()
+
+
+def test_numbers_of_numpy_are_saved_as_json() -> None:
+    stream = ShardStream(np.int64(2), seed=np.int64(3), epoch=np.int64(4))
+    reader = stream.reader(lambda start: iter(range(start, 9)), np.int64(1), np.int64(2))
+    next(reader)
+    assert json.loads(json.dumps(reader.state_dict()))["epoch"] == 4
