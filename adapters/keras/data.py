@@ -44,7 +44,8 @@ def shard_dataset(
     epoch: right for an evaluation; from the third pass on a warning says so. Batches come in the plan's order,
     whatever ``shuffle`` says.
 
-    Where the plan has ``tail="pad"`` and data is ``(x, y)``, batches are ``(x, y, weight)``: 0 for what only fills.
+    Where the plan has ``tail="pad"`` and data is ``(x, y)`` or ``(x, y, weight)``, batches are ``(x, y, weight)``: 0
+    for what only fills. Dictionaries get no weight. Keras divides the sum of losses by all samples of a batch.
 
     Args:
         data: an array, or a tuple ``(x, y)`` or dictionary of arrays, or any object with ``__len__`` and
@@ -133,8 +134,8 @@ class ShardedPyDataset(keras.utils.PyDataset):
                 raise IndexError(f"Epoch {self.feed.epoch} has no batch with samples left for step {index} of fit.")
             batch, fetched = self._waiting.popleft()
         rows = fetched.result() if isinstance(fetched, Future) else fetched
-        if self._weighs and isinstance(rows, tuple) and len(rows) == 2:
-            return (*rows, batch.valid.astype(np.float32))
+        if self._weighs and isinstance(rows, tuple) and len(rows) in (2, 3):
+            return (*rows[:2], _weights(batch.valid, *rows[2:]))
         return rows
 
     def on_epoch_begin(self) -> None:
@@ -263,3 +264,11 @@ def _executor(table: Table, workers: int, use_multiprocessing: bool) -> Executor
         return ThreadPoolExecutor(workers, "hvdscale-data")
     fresh = multiprocessing.get_context("spawn")  # a fork of a process in which MPI runs is not safe
     return ProcessPoolExecutor(workers, fresh, _keep, (table,))
+
+
+def _weights(valid: np.ndarray, given: Any = None) -> np.ndarray:
+    """The weight of each sample, those ``given`` or 1, [batch] or [batch, ...]: 0 for what only fills."""
+    if given is None:
+        return valid.astype(np.float32)
+    given = np.asarray(given)
+    return given * valid.reshape(-1, *(1,) * (given.ndim - 1)).astype(given.dtype)

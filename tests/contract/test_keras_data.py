@@ -179,3 +179,13 @@ def test_steps_per_epoch_is_refused(size: int) -> None:
 def test_a_stream_has_no_length(size: int) -> None:
     with pytest.raises(hvd.PlanError, match="ShardStream has none"):
         hvd.shard_dataset(lambda start: [], hvd.ShardStream(size), 4)
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_what_only_fills_has_no_weight_whatever_the_data_says(shape: tuple[int, ...]) -> None:
+    weights = np.full((37, *shape), 2.0, np.float32)
+    plan = hvd.ShardPlan(37, 1, "ordered", tail="pad")
+    batches = hvd.shard_dataset((*(part[:37] for part in rows()), weights), plan, 8, shard=0)
+    last = [batches[i] for i in range(len(batches))][-1][2]
+    assert last.shape == (8, *shape)
+    assert last.reshape(8, -1)[:, 0].tolist() == [2.0] * 5 + [0.0] * 3
