@@ -33,6 +33,7 @@ __all__ = [
 
 MOST_SHARDS = 2**16 - 1
 _MOST = 2**36  # numbers of a range, in memory
+_MOST_BITS = 4096
 
 
 def instance(name: str, value: object, *kinds: type) -> None:
@@ -105,8 +106,10 @@ def integer(name: str, value: object, low: int, high: int | None = None) -> int:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         number = None
+    if number is not None and number.bit_length() > _MOST_BITS:  # which Python itself refuses to print
+        raise PlanError(f"{name} must be an integer {limits}; it has {number.bit_length():,} bits.")
     if number is None or isinstance(value, bool) or number < low or (high is not None and number > high):
-        raise PlanError(f"{name} must be an integer {limits}; it is {value!r}.")
+        raise PlanError(f"{name} must be an integer {limits}; it is {value!r:.80}.")
     return number
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvdscale.data.checks import instance
+from hvdscale.data.checks import instance, integer
 from hvdscale.data.hashing import derive_words, hash_keys
 from hvdscale.data.types import Int64s
 from hvdscale.errors import PlanError
@@ -40,9 +40,12 @@ def split(
         shares = [float(f) for f in fractions]
     except (TypeError, ValueError, OverflowError):
         raise PlanError(f"Fractions are one number per part, such as (0.9, 0.1); they are {fractions!r}.") from None
-    if not shares or not all(f >= 0 for f in shares) or not math.isclose(math.fsum(shares), 1, abs_tol=1e-6):
-        raise PlanError(f"Fractions are at least 0 and sum to 1; these are {shares}, sum {math.fsum(shares):g}.")
+    total = sum(shares)
+    if not shares or not all(f >= 0 for f in shares) or not math.isclose(total, 1, abs_tol=1e-6):
+        raise PlanError(f"Fractions are at least 0 and sum to 1; these are {shares}, sum {total:g}.")
     instance("salt", salt, str, int)
+    if isinstance(salt, int):
+        integer("salt without its sign", abs(salt), 0)  # of a length that can be written
     hashes = hash_keys(keys, derive_words(1, "split", salt)[0])
     unit = (hashes >> np.uint64(11)) * 2.0**-53  # [n] in [0, 1)
     borders = np.cumsum(shares)[:-1]  # [parts - 1]
