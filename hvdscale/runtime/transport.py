@@ -123,6 +123,24 @@ class SoloTransport:
 _LEFT, _FAILED = -1, -2
 
 
+_LENGTHS = 2  # the tag of lengths; channels on the same communicator have the tags before it
+
+
+class _All:
+    """Several requests of MPI's as one."""
+
+    def __init__(self, requests: list[Any]) -> None:
+        self._requests = requests
+
+    def Test(self) -> bool:
+        self._requests = [request for request in self._requests if not request.Test()]
+        return not self._requests
+
+    def Wait(self) -> None:
+        for request in self._requests:
+            request.Wait()
+
+
 class MPITransport:
     """mpi4py on a private duplicate of ``comm``, so that no message meets the user's or Horovod's.
 
@@ -252,12 +270,18 @@ class MPITransport:
         return self._gone
 
     def _start(self, length: int, memory: np.ndarray) -> tuple[Any, np.ndarray]:
-        """The all-gather of lengths under way, and where they will be. ``memory`` is ``int64[size + 1]``."""
+        """The exchange of lengths under way, and where they will be. ``memory`` is ``int64[size + 1]``.
+
+        By messages: MPI's own non-blocking collectives stand still at times beside other threads (Open MPI 4.1).
+        """
         from mpi4py import MPI
 
         own, lengths = memory[:1], memory[1:]
-        own[0] = length
-        return self._comm.Iallgather([own, MPI.INT64_T], [lengths, MPI.INT64_T]), lengths
+        own[0] = lengths[self.rank] = length
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        under_way = [self._comm.Irecv([lengths[rank : rank + 1], MPI.INT64_T], rank, _LENGTHS) for rank in others]
+        under_way += [self._comm.Isend([own, MPI.INT64_T], rank, _LENGTHS) for rank in others]
+        return _All(under_way), lengths
 
     def _memory_for_good(self) -> np.ndarray:
         """For an operation that may outlive this interpreter: never freed."""
