@@ -158,19 +158,8 @@ class MPIChannel:
         return everyone
 
     def _exchange(self, rows: Sequence[Bytes] | Bytes, received: Bytes) -> None:
-        """``rows[rank]`` goes to each rank, ``received[rank]`` comes from it.
-
-        By messages: MPI's own non-blocking collectives once stood still beside Horovod's thread (Open MPI 4.1).
-        """
-        from mpi4py import MPI
-
-        others = [(self.rank + step) % self.size for step in range(1, self.size)]
-        under_way = [self._comm.Irecv([received[rank], MPI.BYTE], rank, _EXCHANGE) for rank in others]
-        under_way += [self._comm.Isend([rows[rank], MPI.BYTE], rank, _EXCHANGE) for rank in others]
-        received[self.rank] = rows[self.rank]
-        self.sent_bytes += sum(rows[rank].nbytes for rank in others)
-        for request in under_way:
-            self._transport.wait(request)
+        self.sent_bytes += (self.size - 1) * received.shape[1]
+        self._transport.wait(self._transport.exchange(rows, received, _EXCHANGE))
 
     def swap(self, data: Bytes, to: int, source: int) -> Bytes:
         from mpi4py import MPI

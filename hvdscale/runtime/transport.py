@@ -122,7 +122,6 @@ class SoloTransport:
 # What a rank sends in place of the length of its message when it has none to send.
 _LEFT, _FAILED = -1, -2
 
-
 _LENGTHS = 2  # the tag of lengths; channels on the same communicator have the tags before it
 
 
@@ -270,18 +269,23 @@ class MPITransport:
         return self._gone
 
     def _start(self, length: int, memory: np.ndarray) -> tuple[Any, np.ndarray]:
-        """The exchange of lengths under way, and where they will be. ``memory`` is ``int64[size + 1]``.
+        """The exchange of lengths under way, and where they will be. ``memory`` is ``int64[size + 1]``."""
+        own, lengths = memory[:1], memory[1:]
+        own[0] = length
+        return self.exchange([own] * self.size, lengths.reshape(-1, 1), _LENGTHS), lengths
+
+    def exchange(self, rows: Sequence[np.ndarray] | np.ndarray, received: np.ndarray, tag: int) -> Any:
+        """Start an exchange: ``rows[rank]`` goes to each rank, ``received[rank]`` comes from it. A request of MPI's.
 
         By messages: MPI's own non-blocking collectives stand still at times beside other threads (Open MPI 4.1).
         """
         from mpi4py import MPI
 
-        own, lengths = memory[:1], memory[1:]
-        own[0] = lengths[self.rank] = length
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        under_way = [self._comm.Irecv([lengths[rank : rank + 1], MPI.INT64_T], rank, _LENGTHS) for rank in others]
-        under_way += [self._comm.Isend([own, MPI.INT64_T], rank, _LENGTHS) for rank in others]
-        return _All(under_way), lengths
+        others = [(self.rank + step) % self.size for step in range(1, self.size)]
+        under_way = [self._comm.Irecv([received[rank], MPI.BYTE], rank, tag) for rank in others]
+        under_way += [self._comm.Isend([rows[rank], MPI.BYTE], rank, tag) for rank in others]
+        received[self.rank] = rows[self.rank]
+        return _All(under_way)
 
     def _memory_for_good(self) -> np.ndarray:
         """For an operation that may outlive this interpreter: never freed."""
