@@ -44,10 +44,9 @@ def train(flags: argparse.Namespace) -> None:
         sharded = hvd.shard_model(model, hvd.Mesh(tp=hvd.size()), by="features", loss=mean_over_tokens)
     optimizer = torch.optim.AdamW(sharded.parameters(), 3e-4, foreach=False)  # one parameter's temporaries at a time
     optimizer = hvd.DistributedOptimizer(optimizer, model=sharded)
-    text = torch.tensor(list(Path(__file__).read_bytes()))
-    for step in range(flags.steps):
-        windows = text[step * flags.batch * flags.context :][: flags.batch * flags.context + 1]
-        inputs, targets = (t.view(flags.batch, flags.context) for t in (windows[:-1], windows[1:]))
+    text = torch.tensor(list(Path(__file__).read_bytes()))[: flags.batch * flags.context + 1]
+    inputs, targets = (t.view(flags.batch, flags.context) for t in (text[:-1], text[1:]))
+    for step in range(flags.steps):  # over the same lines, so that a few steps show that it learns
         optimizer.zero_grad()
         loss = sharded.train_step(inputs, targets)
         optimizer.step()

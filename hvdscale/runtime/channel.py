@@ -23,7 +23,6 @@ Float32s = npt.NDArray[np.float32]
 Float64s = npt.NDArray[np.float64]
 
 _PAUSE_SECONDS = 0.0005
-_EXCHANGE = 1  # the tag of an exchange among all ranks; a swap has 0
 
 
 class Channel(Protocol):
@@ -148,18 +147,20 @@ class MPIChannel:
         values[:] = self.allgather(total.view(np.uint8)).view(np.float32).reshape(-1)[: values.size]
 
     def alltoall(self, rows: Bytes) -> Bytes:
+        from mpi4py import MPI
+
         received = np.empty_like(rows)
-        self._exchange(rows, received)
+        self.sent_bytes += (self.size - 1) * rows.shape[1]
+        self._transport.wait(self._comm.Ialltoall([rows, MPI.BYTE], [received, MPI.BYTE]))
         return received
 
     def allgather(self, data: Bytes) -> Bytes:
-        everyone = np.empty((self.size, data.size), np.uint8)
-        self._exchange([data] * self.size, everyone)
-        return everyone
+        from mpi4py import MPI
 
-    def _exchange(self, rows: Sequence[Bytes] | Bytes, received: Bytes) -> None:
-        self.sent_bytes += (self.size - 1) * received.shape[1]
-        self._transport.wait(self._transport.exchange(rows, received, _EXCHANGE))
+        everyone = np.empty((self.size, data.size), np.uint8)
+        self.sent_bytes += (self.size - 1) * data.size
+        self._transport.wait(self._comm.Iallgather([data, MPI.BYTE], [everyone, MPI.BYTE]))
+        return everyone
 
     def swap(self, data: Bytes, to: int, source: int) -> Bytes:
         from mpi4py import MPI

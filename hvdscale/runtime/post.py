@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from hvdscale.errors import PlanError, TransportError
 from hvdscale.runtime.mailbox import Handover, Mailbox, length_error
-from hvdscale.runtime.transport import Closable, LoopbackTransport, MPITransport, Transport
+from hvdscale.runtime.transport import LAST_TAG, Closable, LoopbackTransport, MPITransport, Transport
 
 __all__ = ["LoopbackPost", "MPIPost", "Post", "SoloPost", "Ticket", "left_message", "open_post"]
 
@@ -114,8 +114,6 @@ class SoloPost:
         """Nobody waits."""
 
 
-# MPI's tag of the empty message that a rank leaves behind when it goes; tags of users come after it.
-_LEFT = 0
 # How long a wait asks MPI again and again before it sleeps between two looks, and how long it then sleeps. Ranks often
 # share cores: one that spins takes them from the peer it waits for.
 _SPIN_SECONDS = 0.0002
@@ -125,7 +123,8 @@ _PAUSE_SECONDS = 0.00005
 class MPIPost:
     """mpi4py on a private duplicate of the communicator of ``transport``, which closes it. Collective.
 
-    A rank that closes sends everyone an empty message, which is looked for by those that wait, and never taken.
+    A rank that closes sends everyone an empty message, which is looked for by those that wait, and taken at the end by
+    the transport. Its tag is before those of users.
     """
 
     def __init__(self, transport: MPITransport) -> None:
@@ -153,13 +152,13 @@ class MPIPost:
         from_ = self._mpi.ANY_SOURCE if source is None else source
         # ANY_TAG would also find the empty message of a rank that left, again and again.
         if tag is None:
-            found = self.communicator.Iprobe(from_, self._mpi.ANY_TAG, status) and status.Get_tag() != _LEFT
+            found = self.communicator.Iprobe(from_, self._mpi.ANY_TAG, status) and status.Get_tag() != LAST_TAG
         else:
             found = self.communicator.Iprobe(from_, tag + 1, status)
         return (status.Get_source(), status.Get_tag() - 1, status.Get_count(self._mpi.BYTE)) if found else None
 
     def has_left(self, position: int) -> bool:
-        return bool(self.communicator.Iprobe(position, _LEFT))
+        return bool(self.communicator.Iprobe(position, LAST_TAG))
 
     def attach(self, other: Closable) -> None:
         self._attached.append(other)
@@ -172,7 +171,7 @@ class MPIPost:
             for position in range(self.size):
                 if position != self.rank:
                     # Not awaited: an empty message needs no buffer and no answer.
-                    self.communicator.Isend([None, 0, self._mpi.BYTE], position, _LEFT).Free()
+                    self.communicator.Isend([None, 0, self._mpi.BYTE], position, LAST_TAG).Free()
 
 
 class _Request:

@@ -18,6 +18,7 @@ import numpy as np
 from hvdscale.errors import TransportError
 
 __all__ = [
+    "LAST_TAG",
     "Closable",
     "CollectiveTransport",
     "Gather",
@@ -122,22 +123,8 @@ class SoloTransport:
 # What a rank sends in place of the length of its message when it has none to send.
 _LEFT, _FAILED = -1, -2
 
-_LENGTHS = 2  # the tag of lengths; channels on the same communicator have the tags before it
-
-
-class _All:
-    """Several requests of MPI's as one."""
-
-    def __init__(self, requests: list[Any]) -> None:
-        self._requests = requests
-
-    def Test(self) -> bool:
-        self._requests = [request for request in self._requests if not request.Test()]
-        return not self._requests
-
-    def Wait(self) -> None:
-        for request in self._requests:
-            request.Wait()
+# On a communicator that was lent: the tag of the empty message that a rank leaves behind when it goes.
+LAST_TAG = 0
 
 
 class MPITransport:
@@ -205,18 +192,19 @@ class MPITransport:
                 other.close()
 
     def release(self, patience_seconds: float) -> None:
-        """Free the communicators, of which MPI has some thousands. One that a rank has not closed, or failed in, stays:
-        its peers may still write there.
+        """Free the communicators, of which MPI has some thousands. Those of a rank that has not closed stay.
+
+        None is freed before the last message of every peer was taken. MPI gives its number to another one, and a
+        message that comes late would be taken for one of that: all that is sent there after it stands still.
         """
         from mpi4py import MPI
 
         until = time.monotonic() + patience_seconds
         while not MPI.Is_finalized() and self._goodbye is not None:
-            if self._goodbye.Test():
+            if self._all_said_goodbye():
                 self._goodbye = None
-                self._comm.Free()
-                for post in self._lent:
-                    post.Free()
+                for made in (self._comm, *self._lent):
+                    made.Free()
             elif time.monotonic() > until:
                 break
             else:
@@ -225,8 +213,21 @@ class MPITransport:
             if isinstance(other, MPITransport):
                 other.release(until - time.monotonic())
 
+    def _all_said_goodbye(self) -> bool:
+        from mpi4py import MPI
+
+        peers = [(lent, peer) for lent in self._lent for peer in range(self.size) if peer != self.rank]
+        if not (self._goodbye.Test() and all(lent.Iprobe(peer, LAST_TAG) for lent, peer in peers)):
+            return False
+        for lent, peer in peers:
+            lent.Recv([None, 0, MPI.BYTE], peer, LAST_TAG)
+        return True
+
     def lend(self) -> Any:
-        """Another communicator of these ranks, freed with this one's. Collective."""
+        """Another communicator of these ranks, freed with this one's. Collective.
+
+        The last message of every rank to every other one is an empty one with ``LAST_TAG``.
+        """
         self._lent.append(self._comm.Dup())
         return self._lent[-1]
 
@@ -269,23 +270,12 @@ class MPITransport:
         return self._gone
 
     def _start(self, length: int, memory: np.ndarray) -> tuple[Any, np.ndarray]:
-        """The exchange of lengths under way, and where they will be. ``memory`` is ``int64[size + 1]``."""
-        own, lengths = memory[:1], memory[1:]
-        own[0] = length
-        return self.exchange([own] * self.size, lengths.reshape(-1, 1), _LENGTHS), lengths
-
-    def exchange(self, rows: Sequence[np.ndarray] | np.ndarray, received: np.ndarray, tag: int) -> Any:
-        """Start an exchange: ``rows[rank]`` goes to each rank, ``received[rank]`` comes from it. A request of MPI's.
-
-        By messages: MPI's own non-blocking collectives stand still at times beside other threads (Open MPI 4.1).
-        """
+        """The all-gather of lengths under way, and where they will be. ``memory`` is ``int64[size + 1]``."""
         from mpi4py import MPI
 
-        others = [(self.rank + step) % self.size for step in range(1, self.size)]
-        under_way = [self._comm.Irecv([received[rank], MPI.BYTE], rank, tag) for rank in others]
-        under_way += [self._comm.Isend([rows[rank], MPI.BYTE], rank, tag) for rank in others]
-        received[self.rank] = rows[self.rank]
-        return _All(under_way)
+        own, lengths = memory[:1], memory[1:]
+        own[0] = length
+        return self._comm.Iallgather([own, MPI.INT64_T], [lengths, MPI.INT64_T]), lengths
 
     def _memory_for_good(self) -> np.ndarray:
         """For an operation that may outlive this interpreter: never freed."""

@@ -57,3 +57,35 @@ def test_shutdown_gives_back_what_was_lent_and_the_job_ends(launcher: str, turns
     output = finished.check()
     assert output.count(f"ended well with {communicators} communicators") >= 2, output
     assert finished.seconds < BOUND_SECONDS, output
+
+
+LATE = """
+import time, numpy as np, torch, hvdscale.torch as hvd
+from hvdscale.runtime.post import open_post
+
+class Slow:
+    def close(self):
+        time.sleep(0.3)
+
+for turn in range(2):
+    hvd.init()
+    transport = hvd.world().transport
+    if turn == 0 and hvd.rank() == 0:
+        transport.attach(Slow())  # what is closed after it sends its last message late
+    post = open_post(transport)
+    peer = 1 - post.rank
+    for number in range(20 * turn):
+        out = np.zeros(1, np.uint8)
+        sent = post.send(np.uint8([number]), peer, 7)
+        post.receive(out, peer, 7).wait()
+        sent.wait()
+        assert out[0] == number, (out, number)
+    hvd.allreduce(torch.ones(1))  # all leave together
+    hvd.shutdown()
+print("heard everything", flush=True)
+"""
+
+
+def test_a_last_message_that_comes_late_is_not_taken_for_one_of_the_next_job() -> None:
+    """MPI gives a communicator's number to the next one as soon as it is freed."""
+    assert launch(["-c", LATE], deadline_seconds=60).check().count("heard everything") == 2

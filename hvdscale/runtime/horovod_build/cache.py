@@ -93,13 +93,19 @@ class Store:
 
     @contextmanager
     def workspace(self, key: str) -> Iterator[Path]:
-        """A temporary folder on the same disk; leftovers of interrupted builds of ``key`` are cleared first."""
-        for leftover in self.folder.glob(f"{key}.building-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        folder = Path(tempfile.mkdtemp(prefix=f"{key}.building-", dir=self.folder))
+        """A temporary folder on the same disk, under the lock of ``key``: others there are of interrupted builds.
+
+        They are cleared before, for their room, and once more after: a compiler whose build was killed may go on
+        writing for a while.
+        """
+        self._clear_workspaces(key)
         try:
-            yield folder
+            yield Path(tempfile.mkdtemp(prefix=f"{key}.building-", dir=self.folder))
         finally:
+            self._clear_workspaces(key)
+
+    def _clear_workspaces(self, key: str) -> None:
+        for folder in self.folder.glob(f"{key}.building-*"):
             shutil.rmtree(folder, ignore_errors=True)
 
     def put(self, key: str, wheel: Path, record: Mapping[str, Any], workspace: Path) -> BuiltWheel:
