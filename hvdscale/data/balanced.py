@@ -118,7 +118,14 @@ class BalancedPlan:
                 f"A balanced step is delivered by all ranks or by none; these delivered {at} steps. "
                 "Resume from states saved at the same step."
             )
-        plan = ShardPlan.resume([state["own"] for state in states], shards, keys=keys, weights=weights)
+        own = [state.get("own") for state in states]
+        plan = ShardPlan.resume(own, shards, keys=keys, weights=weights)
+        within = {(state["epoch"], state["step"]) for state in own if state["step"]}
+        if len(within) > 1:
+            raise StateError(
+                f"Ranks of a balanced plan are within one step of one epoch; these states are at the (epoch, step) "
+                f"{sorted(within)!s:.200}. Resume from states saved at the same step."
+            )
         return BalancedPlan(
             plan,
             self.lengths,

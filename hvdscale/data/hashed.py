@@ -31,12 +31,14 @@ def table_of(keys: HashedKeys | IndexKeys, shares: tuple[Share, ...], even: bool
 
 @dataclass(frozen=True)
 class Hashed:
-    """One epoch. ``read`` holds, for each interruption, the table then and where each shard's reading had come to."""
+    """One epoch. ``read`` holds, for each interruption, the table then and where each shard's reading had come to;
+    ``left`` how many samples of each unit are left after them, all of them at first: int64[65536]."""
 
     keys: HashedKeys | IndexKeys
     shares: tuple[Share, ...]
     even: bool = False
     read: tuple[tuple[Table, Int64s], ...] = ()  # (uint16[65536], int64[shards], samples from here on are unread)
+    left: Int64s | None = None
 
     @cached_property
     def table(self) -> Table:
@@ -44,18 +46,12 @@ class Hashed:
 
     @cached_property
     def sizes(self) -> Int64s:
-        shards = self.shares[-1][0]
-        if isinstance(self.keys, HashedKeys) and not self.read:
-            return np.bincount(self.table, self.keys.counts, minlength=shards).astype(np.int64)
-        counts = np.zeros(shards, np.int64)
-        for start in range(0, len(self.keys), _SCAN):
-            counts += np.bincount(self._scan(start)[1], minlength=shards)
-        return counts
+        return np.bincount(self.table, self._left, minlength=self.shares[-1][0]).astype(np.int64)
 
     def blocks(self, shard: int, start: int = 0, block: int = BLOCK) -> Iterator[Int64s]:
         skip, held, parts = start, 0, list[Int64s]()
         for first in range(0, len(self.keys), _SCAN):
-            samples, owners = self._scan(first)
+            samples, owners, _ = self._scan(first)
             mine = samples[owners == shard]
             if skip >= len(mine):
                 skip -= len(mine)
@@ -77,32 +73,39 @@ class Hashed:
         return owners
 
     def after(self, delivered: Int64s, shares: tuple[Share, ...]) -> Hashed:
-        return Hashed(self.keys, shares, self.even, (*self.read, (self.table, self._unread_from(delivered))))
+        unread_from, left = self._without(delivered)
+        return Hashed(self.keys, shares, self.even, (*self.read, (self.table, unread_from)), left)
 
-    def _unread_from(self, delivered: Int64s) -> Int64s:
-        """For each shard where its samples begin that come after its first ``delivered[shard]``: int64[shards]."""
+    @property
+    def _left(self) -> Int64s:
+        return self.keys.counts if self.left is None else self.left
+
+    def _without(self, delivered: Int64s) -> tuple[Int64s, Int64s]:
+        """For each shard where its samples begin that come after its first ``delivered[shard]``, int64[shards], and
+        what is left of each unit then."""
         places = np.where(delivered == 0, 0, len(self.keys))
-        seen = np.zeros_like(delivered)
+        seen, left = np.zeros_like(delivered), self._left.copy()
         for first in range(0, len(self.keys), _SCAN):
-            samples, owners = self._scan(first)
+            if (seen >= delivered).all():
+                break
+            samples, owners, units = self._scan(first)
             counts = np.bincount(owners, minlength=len(seen))
             for shard in np.flatnonzero((seen < delivered) & (seen + counts >= delivered)):
                 last_read = np.flatnonzero(owners == shard)[delivered[shard] - seen[shard] - 1]
                 places[shard] = samples[last_read] + 1
             seen += counts
-            if (seen >= delivered).all():
-                break
-        return places
+            left -= np.bincount(units[samples < places[owners]], minlength=UNITS)
+        return places, left
 
-    def _scan(self, first: int) -> tuple[Int64s, npt.NDArray[np.uint16]]:
-        """Unread samples of the block that starts at ``first``, and their shards."""
+    def _scan(self, first: int) -> tuple[Int64s, npt.NDArray[np.uint16], npt.NDArray[np.uint16]]:
+        """Unread samples of the block that starts at ``first``, their shards and their units."""
         stop = min(first + _SCAN, len(self.keys))
         units = self.keys.units(first, stop)
         samples, owners = np.arange(first, stop, dtype=np.int64), self.table.take(units)
         for table, unread_from in self.read:
             unread = samples >= unread_from[table.take(units)]
             samples, owners, units = samples[unread], owners[unread], units[unread]
-        return samples, owners
+        return samples, owners, units
 
 
 def _cut(samples: Int64s, block: int) -> Iterator[Int64s]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ __all__ = ["UNITS", "HashedKeys", "IndexKeys", "hash_units", "salt_of"]
 
 UNITS = 1 << 16
 _COUNTED = 1 << 20  # samples counted at a time: bincount makes 8 bytes of the 2 of each
+_HASHED = 1 << 14  # samples hashed at a time: temporaries stay in the cache
 _SHIFT = np.uint64(48)  # the unit is the hash's top 16 bits
 
 
@@ -48,6 +49,11 @@ class IndexKeys:
     def units_of(self, samples: Int64s) -> npt.NDArray[np.uint16]:
         """Units of these samples, in their shape."""
         return hash_units(hash_integers(samples, salt_of(self.seed)))
+
+    @property
+    def counts(self) -> Int64s:
+        """Samples in each unit: int64[65536], read-only. Some ns a sample at the first call, then remembered."""
+        return _counts(self)
 
 
 @dataclass(frozen=True)
@@ -103,11 +109,21 @@ class HashedKeys:
 
     @cached_property
     def counts(self) -> Int64s:
-        """Samples in each unit: int64[65536]."""
-        counts = np.zeros(UNITS, np.int64)
-        for start in range(0, len(self), _COUNTED):
-            counts += np.bincount(self._units[start : start + _COUNTED], minlength=UNITS)
-        return counts
+        """Samples in each unit: int64[65536], read-only."""
+        return _count(self)
+
+
+def _count(keys: HashedKeys | IndexKeys) -> Int64s:
+    counts = np.zeros(UNITS, np.int64)
+    for start in range(0, len(keys), _COUNTED):
+        stop = min(start + _COUNTED, len(keys))
+        units = [keys.units(first, min(first + _HASHED, stop)) for first in range(start, stop, _HASHED)]
+        counts += np.bincount(np.concatenate(units), minlength=UNITS)
+    counts.flags.writeable = False
+    return counts
+
+
+_counts = lru_cache(maxsize=4)(_count)  # plans made of one another ask for the same
 
 
 def _refuse_repeats(keys: Keys, hashes: list[UInt64s]) -> None:

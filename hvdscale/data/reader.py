@@ -12,7 +12,8 @@ from hvdscale.data.batch import Batch, rebatch, steps_of
 from hvdscale.data.certificate import add_sums, sum_of
 from hvdscale.data.checks import instance, integer
 from hvdscale.data.delivery import Delivery
-from hvdscale.data.state import Position, check_own_state, make_state
+from hvdscale.data.position import Position
+from hvdscale.data.state import check_own_state, make_state
 from hvdscale.data.types import BLOCK, Int64s
 from hvdscale.errors import PlanError, StateError
 

@@ -10,28 +10,17 @@ from hvdscale.data.certificate import REMEMBERED_EPOCHS, add_sums
 from hvdscale.data.checks import differ, integer, one_of, shares_from, states_of_all
 from hvdscale.data.format import EVEN_FORMAT, FORMAT, fingerprint
 from hvdscale.data.interruption import Interruption, Leg
+from hvdscale.data.position import Position
 from hvdscale.data.types import Int64s, Keys, PolicyName, Share, TailName
 from hvdscale.errors import PlanError, StateError
 
 if TYPE_CHECKING:
     from hvdscale.data.plan import ShardPlan
 
-__all__ = ["Past", "Position", "check_own_state", "make_state", "merge_states"]
-
+__all__ = ["Past", "check_own_state", "make_state", "merge_states"]
 
 _FURTHEST_AHEAD = 4096  # epochs that one reader may be ahead of another
-
-
-@dataclass(frozen=True)
-class Position:
-    """How far one reader had come: ``delivered`` samples, in ``step`` batches, of ``epoch``."""
-
-    shard: int
-    batch_size: int
-    epoch: int
-    step: int
-    delivered: int
-    sums: Mapping[int, int]
+_LARGEST_BATCH = 2**62
 
 
 @dataclass(frozen=True)
@@ -95,11 +84,8 @@ class Past:
 
     def _delivered(self, epoch: int, sizes: Int64s) -> tuple[int, ...]:
         for at in self.positions:
-            if at.epoch == epoch and at.delivered > sizes[at.shard]:
-                raise StateError(
-                    f"A shard delivers at most its own samples; shard {at.shard} holds {sizes[at.shard]} in epoch "
-                    f"{epoch}, and its state says {at.delivered} were delivered."
-                )
+            if at.epoch == epoch:
+                at.check(sizes, self.tail)
         counts = (
             int(sizes[at.shard]) if at.epoch > epoch else at.delivered if at.epoch == epoch else 0
             for at in self.positions
@@ -174,6 +160,7 @@ def check_own_state(state: Mapping[str, Any], plan: ShardPlan, shard: int, batch
             )
     if position.epoch < plan.first_epoch:
         raise StateError(f"The plan starts in epoch {plan.first_epoch}; the state is of epoch {position.epoch}.")
+    position.check(plan.sizes(position.epoch), plan.tail)
     return position
 
 
@@ -234,7 +221,7 @@ def _position(state: Mapping[str, Any]) -> Position:
     try:
         position = Position(
             integer("shard", state["shard"], 0),
-            integer("batch_size", state["batch_size"], 1),
+            integer("batch_size", state["batch_size"], 1, _LARGEST_BATCH),
             integer("epoch", state["epoch"], 0),
             integer("step", state["step"], 0),
             integer("delivered", state["delivered"], 0),

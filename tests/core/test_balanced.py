@@ -159,6 +159,11 @@ def two_states() -> list[dict[str, Any]]:
         (lambda s: [s[0], {**s[1], "steps": [1]}], r"these delivered \[1, \[1\]\] steps"),
         (lambda s: [s[0], s[1]["own"]], "State 1 is not that of a balanced reader"),
         (lambda s: [s[0], 3], "State 1 is not that of a balanced reader .*: 3"),
+        (lambda s: [s[0], {"format": "balanced-v1", "steps": 1}], "A state is what reader.* this is 'None'"),
+        (
+            lambda s: [s[0], {**s[1], "own": {**s[1]["own"], "step": 2, "delivered": 8}}],
+            r"at .* \[\(0, 1\), \(0, 2\)\]",
+        ),
         (lambda s: s[:1], "shard"),
         (lambda s: [], "states of all shards, as a list; there are none"),
     ],

@@ -147,7 +147,13 @@ RESUMES: list[tuple[Callable[[], list[Any]], str]] = [
     (lambda: without("epoch"), "damaged: 'epoch' is missing"),
     (lambda: changed(step="two"), "step must be an integer from 0; it is 'two'"),
     (lambda: changed(delivered=-3), "delivered must be an integer from 0; it is -3"),
-    (lambda: changed(delivered=99), "shard 0 holds 14 in epoch 0, and its state says 99"),
+    (lambda: changed(delivered=99), "holds 14 samples in epoch 0, of which 2 batches of 3 are 6, .* says 99 were"),
+    (lambda: changed(delivered=3), "shard 0 holds 14 .*, of which 2 batches of 3 are 6, and its state says 3 were"),
+    (lambda: changed(step=1), "of which 1 batches of 3 are 3, and its state says 6"),
+    (lambda: changed(batch_size=4), "of which 2 batches of 4 are 8, and its state says 6"),
+    (lambda: changed(step=0), "of which 0 batches of 3 are 0, and its state says 6"),
+    (lambda: changed(step=9, delivered=14), "14 samples in epoch 0, which are 5 batches of 3 under tail 'exact', .* 9"),
+    (lambda: changed(batch_size=10**30), "batch_size must be an integer in 1"),
     (lambda: changed(sums={"0": "no number"}), "damaged"),
     (lambda: changed(sums=None), "damaged"),
     (lambda: changed(plan=None), "plan is no table"),
@@ -165,7 +171,15 @@ RESUMES: list[tuple[Callable[[], list[Any]], str]] = [
         ),
         "a leg of 3 shards has 1 counts",
     ),
+    (lambda: contradicting("pad", 6), "of which 5 batches of 4 are 17, and its state says 6"),
+    (lambda: contradicting("drop", 17), "17 samples .*, which are 4 batches of 4 under tail 'drop', .* says 5 were"),
 ]
+
+
+def contradicting(tail: str, delivered: int) -> list[dict[str, Any]]:
+    """Two shards of 17 samples; that of the first had delivered so many in five batches of four."""
+    readers = [ShardPlan(34, 2, tail=tail).reader(shard, 4) for shard in range(2)]
+    return [{**reader.state_dict(), "step": 5, "delivered": delivered} for reader in readers]
 
 
 @pytest.mark.parametrize(("make", "message"), RESUMES)
@@ -200,6 +214,12 @@ def test_other_keys_than_those_of_the_saved_plan(saved: list[str] | None, keys: 
 def test_a_reader_loads_only_its_own_state(plan: ShardPlan, shard: int, batch_size: int, message: str) -> None:
     with pytest.raises(StateError, match=message):
         plan.reader(shard, batch_size).load_state_dict(states(PLAN)[0])
+
+
+def test_a_reader_loads_no_state_that_contradicts_itself() -> None:
+    for fields, message in (({"step": 1}, "1 batches of 3 are 3"), ({"step": 9, "delivered": 27}, "are 5 batches of")):
+        with pytest.raises(StateError, match=message):
+            PLAN.reader(0, 3).load_state_dict(changed(**fields)[0])
 
 
 def test_a_range_is_as_good_as_its_numbers() -> None:
