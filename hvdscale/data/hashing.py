@@ -14,7 +14,7 @@ from hvdscale.data.checks import array, numbers
 from hvdscale.data.types import Keys, UInt64s
 from hvdscale.errors import PlanError
 
-__all__ = ["derive_words", "hash_blocks", "hash_integers", "hash_keys", "key_vector", "mix"]
+__all__ = ["derive_words", "hash_blocks", "hash_integers", "hash_keys", "key_vector", "kind_of", "mix"]
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
@@ -161,6 +161,11 @@ def _one_kind(items: list[Any], kind: type | None, start: int) -> type:
         mixed = " and ".join(sorted(_NAMES[each] for each in found))
         raise PlanError(f"All keys must be of one kind; these mix {mixed}. Convert them to str.")
     return found.pop()
+
+
+def kind_of(key: object) -> str:
+    """``integers``, ``strings`` or ``bytes``: what ``key`` is one of. Raises PlanError where it is none of them."""
+    return _NAMES[_kind(0, key)]
 
 
 _NAMES = {int: "integers", str: "strings", bytes: "bytes"}

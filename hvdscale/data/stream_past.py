@@ -17,14 +17,18 @@ from hvdscale.data.checks import differ, states_of_all
 from hvdscale.data.types import Int64s
 from hvdscale.errors import StateError
 
-__all__ = ["Run", "first_open", "merge_states", "read_state"]
+__all__ = ["Run", "first_open", "known_marks", "merge_states", "read_state"]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run over some number of shards: records of shard ``r`` at positions below ``reached[r]`` are delivered."""
+    """One run over some number of shards: records of shard ``r`` at positions below ``reached[r]`` are delivered.
+
+    ``marks[r]`` is what the route of the run said of the record right before ``reached[r]``, where it did.
+    """
 
     reached: tuple[int, ...]
+    marks: tuple[str | None, ...] = ()
 
     def delivered(self, positions: Int64s, owners: Callable[[int], Int64s]) -> npt.NDArray[np.bool_]:
         """Whether this run delivered the records at ``positions``, or an earlier one had.
@@ -37,6 +41,12 @@ class Run:
 def first_open(past: Sequence[Run]) -> int:
     """All records at positions below this one are delivered."""
     return min(past[-1].reached) if past else 0
+
+
+def known_marks(past: Sequence[Run]) -> dict[int, str]:
+    """The marks of the last run, by the numbers of their records."""
+    pairs = zip(past[-1].reached, past[-1].marks, strict=False) if past else ()
+    return {reached - 1: mark for reached, mark in pairs if mark is not None and reached}
 
 
 def merge_states(states: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> tuple[int, tuple[Run, ...]]:
@@ -59,20 +69,21 @@ def merge_states(states: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) 
     if all(state["finished"] for state in states):
         return states[0]["epoch"] + 1, ()
     reached = {state["shard"]: state["reached"] for state in states}
-    last = Run(tuple(reached[shard] for shard in range(shards)))
+    marks = {state["shard"]: state.get("key") for state in states}
+    last = Run(*(tuple(of[shard] for shard in range(shards)) for of in (reached, marks)))
     # What an earlier run delivered beyond all that this one has: only that must still be known.
     earlier = [Run(tuple(run)) for run in states[0]["past"]]
     return states[0]["epoch"], (*(run for run in earlier if max(run.reached) > min(last.reached)), last)
 
 
-def read_state(state: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[int, int]:
-    """Batches delivered, and the number reached, of a state named by ``facts``.
+def read_state(state: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[int, Run]:
+    """Batches delivered, and the place reached by its shard alone, of a state named by ``facts``.
 
     Raises:
         StateError: it is a state of something else.
     """
     _check_state(0, state, facts)
-    return state["batches"], state["reached"]
+    return state["batches"], Run((state["reached"],), (state.get("key"),))
 
 
 def _check_state(i: int, state: object, facts: Mapping[str, Any]) -> None:
@@ -84,12 +95,13 @@ def _check_state(i: int, state: object, facts: Mapping[str, Any]) -> None:
                 f"State {i} is of another stream: its {name} is {state.get(name)!r}, that of this stream {value!r}."
             )
     numbers = {name: state.get(name) for name in ("epoch", "shards", "shard", "batches", "reached")}
-    past, finished = state.get("past"), state.get("finished")
+    past, finished, mark = state.get("past"), state.get("finished"), state.get("key")  # older states have no key
     whole = all(_natural(value) for value in numbers.values()) and isinstance(finished, bool)
+    whole = whole and isinstance(mark, str | None)
     if not whole or not (
         isinstance(past, list) and all(isinstance(run, list) and run and all(map(_natural, run)) for run in past)
     ):
-        raise StateError(f"State {i} is damaged: {numbers}, finished {finished!r}, past {past!r}.")
+        raise StateError(f"State {i} is damaged: {numbers}, finished {finished!r}, key {mark!r:.80}, past {past!r}.")
 
 
 def _run_of(state: Mapping[str, Any]) -> dict[str, Any]:

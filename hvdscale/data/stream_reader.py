@@ -38,12 +38,14 @@ class StreamReader(Iterator[list[Any]]):
         self._route, self._past, self._facts = route, tuple(past), dict(facts)
         self._batch_size, self._every, self._first = batch_size, every, first
         self._open = self._reached = reached
+        self._mark = route.known.get(reached - 1)
         self._before, self._batches, self._finished = delivered, 0, False
         self._records = self._read(source)
 
     def __next__(self) -> list[Any]:
         while batch := list(islice(self._records, self._batch_size)):
-            self._reached = batch[-1][1] + 1
+            record, position = batch[-1]
+            self._reached, self._mark = position + 1, self._route.mark(record)
             self._batches += 1
             if (self._batches - 1) % self._every == self._first:
                 return [record for record, _ in batch]
@@ -53,10 +55,11 @@ class StreamReader(Iterator[list[Any]]):
     def state_dict(self) -> dict[str, Any]:
         """Where this shard is after the batch last returned, as JSON. Records read ahead are not counted."""
         delivered = {"batches": self._before + self._batches, "reached": self._reached, "finished": self._finished}
-        return {**self._facts, **delivered}
+        return {**self._facts, **delivered, "key": self._mark}
 
     def _read(self, source: Callable[[int], Iterable[Any]]) -> Picked:
-        start = self._open - self._open % self._route.span
+        start = min([self._open, *self._route.known])
+        start -= start % self._route.span
         records = records_from(source, start)
         for head in records:
             span = chain([head], islice(records, self._route.span - 1))
@@ -71,7 +74,7 @@ class StreamReader(Iterator[list[Any]]):
             positions >= self._open
         )
         for run in self._past:
-            if int(positions.min(initial=0)) < max(run.reached):
+            if positions.min() < max(run.reached):
                 wanted &= ~run.delivered(positions, owners)
         return wanted
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from hvdscale.data.checks import MOST_SHARDS, instance, integer, one_of
-from hvdscale.data.stream_past import Run, first_open, merge_states, read_state
+from hvdscale.data.stream_past import Run, first_open, known_marks, merge_states, read_state
 from hvdscale.data.stream_reader import StreamReader
 from hvdscale.data.stream_routes import ByKey, InOrder, InWindows, Route
 from hvdscale.errors import PlanError
@@ -43,7 +43,7 @@ class ShardStream:
         shards: number of shards, usually the world size.
         policy: one of the three.
         window: for ``"random"``: records in a window, 16,384 unless given.
-        key: for ``"hash"``: the integer, string or bytes that a record is sharded by.
+        key: for ``"hash"``: the integer, string or bytes that a record is sharded by; one kind in a stream.
         seed: any integer from 0; names the order in windows, and the hash.
         epoch: which pass over the stream, from 0; each has its own order. ``next_epoch()`` gives the next.
 
@@ -90,7 +90,8 @@ class ShardStream:
         if self.policy == "hash":
             return (
                 f"{always}\nHash: equal keys share a shard. Shards are equal in expectation only; skew is not known "
-                "before the stream ends."
+                "before the stream ends. Keys of two kinds are refused, and so is, after a stop, a key function that "
+                "gives the last records before it other keys than they had."
             )
         return (
             f"{always}\nRandom: within windows of {self.window} records only; no record leaves its window, so records "
@@ -120,7 +121,8 @@ class ShardStream:
 
         Raises:
             PlanError: an argument out of its range.
-            StateError: ``after`` is of another stream, run or shard.
+            StateError: ``after`` is of another stream, run or shard; and while reading, if keys are not what they
+                were when the past was saved.
         """
         shard = integer("shard", shard, 0, self.shards - 1)
         batch_size = integer("batch_size", batch_size, 1, _LARGEST_BATCH)
@@ -134,9 +136,13 @@ class ShardStream:
         facts = {"format": _FORMAT, **self._facts(), "shards": self.shards, "shard": shard}
         facts["epoch"] = self.epoch
         facts["past"] = [list(run.reached) for run in self.past]
-        delivered, reached = (0, first_open(self.past)) if after is None else read_state(after, facts)
+        delivered, known, reached = 0, known_marks(self.past), first_open(self.past)
+        if after is not None:
+            delivered, own = read_state(after, facts)
+            known, reached = known_marks([own]), first_open([own])
+        route = self._route(known)
         return StreamReader(
-            self._route(), self.past, facts, source, batch_size, every, first, delivered=delivered, reached=reached
+            route, self.past, facts, source, batch_size, every, first, delivered=delivered, reached=reached
         )
 
     def resume(self, states: Sequence[Mapping[str, Any]], shards: int) -> ShardStream:
@@ -163,11 +169,11 @@ class ShardStream:
     def _facts(self) -> dict[str, Any]:
         return {"policy": self.policy, "window": self.window, "seed": self.seed}
 
-    def _route(self) -> Route:
+    def _route(self, known: Mapping[int, str]) -> Route:
         if self.policy == "random":
             assert self.window is not None
             return InWindows(self.window, ("stream", self.seed, self.epoch))
         if self.policy == "hash":
             assert self.key is not None
-            return ByKey(self.key, self.seed)
+            return ByKey(self.key, self.seed, known)
         return InOrder()

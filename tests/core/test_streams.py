@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections import Counter
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvdscale.data import ShardPlan, ShardStream
+from hvdscale.data.stream_past import Run
 from hvdscale.errors import PlanError, StateError
 
 # stream-v1: the numbers of the first 20 records by shard, seed 5, windows of 8.
@@ -183,8 +185,47 @@ class TestHash:
 
     def test_keys_that_cannot_be_are_named_by_their_records(self) -> None:
         reader = ShardStream(2, "hash", key=lambda r: r).reader(source([*range(300), 1.5]), 0, 50)
-        with pytest.raises(PlanError, match=r"Keys of records 256\.\.300 of the stream: .* 1\.5 \(float\)"):
+        with pytest.raises(PlanError, match=r"Keys of records 256\.\.300 of the stream: .* key 44 is 1\.5 \(float\)"):
             list(reader)
+
+    def test_keys_are_of_one_kind_however_far_apart(self) -> None:
+        reader = ShardStream(1, "hash", key=lambda r: r if r < 600 else str(r)).reader(source(list(range(700))), 0, 50)
+        with pytest.raises(PlanError, match=r"Keys of records 512\.\.699 of the stream: .* mix integers and strings"):
+            list(reader)
+
+    @pytest.mark.parametrize(
+        ("other", "message"),
+        [
+            (lambda r: r.encode(), "record .* was of strings [0-9a-f]{16} .* and is of bytes"),
+            (lambda r: int(r.split("#")[1]), "was of strings [0-9a-f]{16} .* and is of integers"),
+            (lambda r: r.split("#")[1], "was of strings [0-9a-f]{16} .* and is of strings"),
+        ],
+    )
+    @pytest.mark.parametrize("batches", [(3, 9), (0, 4), (128, 0)])
+    def test_a_stream_goes_on_with_the_keys_it_had(self, other: Any, message: str, batches: tuple[int, int]) -> None:
+        """Whichever shards had got anything, also at the border of two blocks of records, and after another stop."""
+        data, of = records(1000), ShardStream(2, "hash", key=lambda r: r, seed=3)
+        for more in (batches, (1, 0)):
+            readers = [of.reader(source(data), shard, 1) for shard in range(2)]
+            for reader, count in zip(readers, more, strict=True):
+                list(itertools.islice(reader, count))
+            states = json.loads(json.dumps([reader.state_dict() for reader in readers]))
+            of = of.resume(states, 2)
+            wrong = ShardStream(1, "hash", key=other, seed=3).resume(states, 3)
+            with pytest.raises(StateError, match=message):
+                list(wrong.reader(source(data), 1, 5))
+        reader = of.reader(source(data), 0, 5)
+        next(reader)
+        with pytest.raises(StateError, match=message):
+            list(dataclasses.replace(of, key=other).reader(source(data), 0, 5, after=reader.state_dict()))
+
+    def test_states_of_before_keys_were_kept_are_read(self) -> None:
+        data, of = records(300), stream("hash", 2)
+        readers = [of.reader(source(data), shard, 7) for shard in range(2)]
+        got = [next(reader) for reader in readers]
+        states = [{k: v for k, v in reader.state_dict().items() if k != "key"} for reader in readers]
+        rest = read(of.resume(states, 3), data)
+        assert sorted(itertools.chain(*got, *rest)) == sorted(data)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -258,6 +299,19 @@ def test_a_state_stays_small(policy: str) -> None:
     assert len(of.past) <= 2
 
 
+def test_what_earlier_runs_read_is_asked_for_only_as_far_as_they_had_come() -> None:
+    asked: list[int] = []
+
+    class Heard(Run):
+        def delivered(self, positions: Any, owners: Any) -> Any:
+            asked.append(int(positions.min()))
+            return super().delivered(positions, owners)
+
+    of = ShardStream(2, past=(Heard((300, 5)),))
+    assert len(read(of, list(range(3000)))[0]) == 1500 - 150
+    assert set(asked) == {0, 256}
+
+
 def test_the_format_does_not_change() -> None:
     got = {policy: read(stream(policy, 3, 8, seed=5), records(20, keys=7)) for policy in ("random", "hash")}
     numbers = {policy: [[int(r.split("#")[1]) for r in shard] for shard in shards] for policy, shards in got.items()}
@@ -298,6 +352,7 @@ def two_states(policy: str = "ordered", **more: Any) -> list[dict[str, Any]]:
         (lambda s: [{**s[0], "reached": -1}, s[1]], "State 0 is damaged: .*'reached': -1"),
         (lambda s: [{**s[0], "reached": "9"}, s[1]], "State 0 is damaged"),
         (lambda s: [{**s[0], "past": [[]]}, s[1]], "State 0 is damaged"),
+        (lambda s: [{**s[0], "key": 3}, s[1]], "State 0 is damaged: .* key 3"),
     ],
 )
 def test_states_of_something_else(change: Callable[[list[dict[str, Any]]], list[Any]], message: str) -> None:
