@@ -84,8 +84,9 @@ def _run(arguments: argparse.Namespace) -> int:
     print(plan.report())
     if keys:
         (key, times), *_ = (counted := Counter(keys)).most_common(1)
-        text = key.decode(errors="replace") if isinstance(key, bytes) else key
-        print(f"{len(counted):,} distinct keys; the most frequent, {text!r}, comes {times:,} times on its one shard.")
+        print(
+            f"{len(counted):,} distinct keys; the most frequent, {_shown(key)}, comes {times:,} times on its one shard."
+        )
     if after is not None:
         print(f"\nResized to {after.shards} shards: {move}.\n{after.report()}")
     return 0
@@ -123,8 +124,16 @@ def _integer(number: int, line: bytes) -> int:
     try:
         return int(line)
     except ValueError:
-        text = line.decode(errors="replace")
-        raise PlanError(f"With --keys integers each line is one; line {number} is {text!r}. Try --keys text.") from None
+        raise PlanError(
+            f"With --keys integers each line is one; line {number} is {_shown(line)}. Try --keys text."
+        ) from None
+
+
+def _shown(key: bytes | int) -> str:
+    """A key as text, of a line at most: lines may be whole documents."""
+    from hvdscale.data.checks import shortened
+
+    return shortened(key.decode(errors="replace") if isinstance(key, bytes) else key)
 
 
 def _lines(names: list[str]) -> Iterator[bytes]:
@@ -132,6 +141,9 @@ def _lines(names: list[str]) -> Iterator[bytes]:
     from rich.console import Console
     from rich.progress import Progress
 
+    for name in names:
+        if Path(name).is_dir():
+            raise PlanError(f"Lines are read from files; {name} is a directory. Give its files: {Path(name) / '*'}")
     total = sum(Path(name).stat().st_size for name in names if name != "-")
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         bar = progress.add_task("reading", total=total or None)

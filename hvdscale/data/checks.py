@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ __all__ = [
     "array",
     "differ",
     "flag",
+    "floats",
     "function",
     "instance",
     "integer",
@@ -27,6 +28,7 @@ __all__ = [
     "one_of",
     "own_shard",
     "shares_from",
+    "shortened",
     "states_of_all",
     "weights_for",
 ]
@@ -127,6 +129,14 @@ def numbers_below(name: str, values: npt.ArrayLike, count: int) -> Int64s:
     return given.astype(np.int64)
 
 
+def shortened(value: object) -> str:
+    """``value`` as Python writes it, at most 80 characters: a key or a field of a state may be as long as a book."""
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:  # which Python itself refuses to print
+        return f"an integer of {value.bit_length():,} bits"
+    text = f"{value!r:.81}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def one_of(name: str, value: object, names: Sequence[str]) -> None:
     """Raises PlanError where ``value`` is none of ``names``."""
     if not isinstance(value, str) or value not in names:
@@ -172,18 +182,31 @@ def weights_for(shards: int, weights: Sequence[float] | None) -> tuple[float, ..
     if weights is None:
         return None
     try:
-        if isinstance(weights, str | Mapping):
-            raise TypeError
-        listed = isinstance(weights, list | tuple | np.ndarray)
-        given = tuple(map(float, weights if listed else itertools.islice(weights, shards + 1)))
+        given = floats(weights, shards + 1)
     except (TypeError, ValueError, OverflowError):
-        raise PlanError(f"weights are one positive number per shard; they are {weights!r:.200}.") from None
+        raise PlanError(
+            f"weights are one positive number per shard, in the order of shards; they are {weights!r:.200}."
+        ) from None
     if len(given) != shards:
         raise PlanError(f"weights are one positive number per shard; there are {shards} shards, {len(given)} weights.")
     for shard, weight in enumerate(given):
         if not (weight > 0 and math.isfinite(weight)):
             raise PlanError(f"Each weight is positive and finite; that of shard {shard} is {weight:g}.")
     return None if len(set(given)) == 1 else given
+
+
+def floats(values: Iterable[Any], most: int) -> tuple[float, ...]:
+    """Numbers in an order, as floats; ``most`` of what may have no end.
+
+    Raises:
+        TypeError, ValueError, OverflowError: they are not that.
+    """
+    if isinstance(values, str | bytes | Mapping | Set):
+        raise TypeError
+    found = list(values if isinstance(values, list | tuple | np.ndarray) else itertools.islice(values, most))
+    if any(isinstance(value, str | bytes | bool | np.bool_) for value in found):
+        raise TypeError
+    return tuple(map(float, found))
 
 
 def shares_from(saved: Iterable[Any]) -> tuple[Share, ...]:

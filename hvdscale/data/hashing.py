@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from hvdscale.data.checks import array, numbers
+from hvdscale.data.checks import array, numbers, shortened
 from hvdscale.data.types import Keys, UInt64s
 from hvdscale.errors import PlanError
 
@@ -177,7 +177,7 @@ def _kind(i: int, key: object) -> type:
     for kind in (str, bytes):
         if isinstance(key, kind):
             return kind
-    raise PlanError(f"A key is an integer, a string or bytes; key {i} is {key!r} ({type(key).__name__}).")
+    raise PlanError(f"A key is an integer, a string or bytes; key {i} is {shortened(key)} ({type(key).__name__}).")
 
 
 def _integers(items: list[Any]) -> _Integers:
@@ -187,4 +187,6 @@ def _integers(items: list[Any]) -> _Integers:
         except OverflowError:
             continue
     largest = max(items, key=abs)
-    raise PlanError(f"Integer keys fit in 64 bits; {largest} does not, or not beside others. Pass them as strings.")
+    raise PlanError(
+        f"Integer keys fit in 64 bits; {shortened(largest)} does not, or not beside others. Pass them as strings."
+    )

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from hvdscale.data.checks import shortened
 from hvdscale.data.hashing import derive_words, hash_blocks, hash_integers
 from hvdscale.data.types import Int64s, Keys, Share, Table, UInt64s
 from hvdscale.errors import PlanError
@@ -135,5 +136,5 @@ def _refuse_repeats(keys: Keys, hashes: list[UInt64s]) -> None:
         first, second = same[0]
         raise PlanError(
             f"Keys were promised to be unique; {len(same)} repeat an earlier one: keys {first} and {second} "
-            f"are both {keys[first]!r}. Leave unique_keys out, or mend the keys."
+            f"are both {shortened(keys[first])}. Leave unique_keys out, or mend the keys."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -113,14 +114,16 @@ class Packing:
         first = self.first_token[rows.pieces.document] + rows.pieces.offset  # [pieces]
         return rows.spread(first[rows.piece] + rows.within, -1, np.int64)
 
-    def read(self, tokens: npt.NDArray[Any], blocks: npt.ArrayLike, padding: int = 0) -> npt.NDArray[Any]:
+    def read(self, tokens: npt.NDArray[Any], blocks: npt.ArrayLike, padding: float = 0) -> npt.NDArray[Any]:
         """The tokens of these blocks: [..., block], of the dtype of ``tokens``.
 
         ``tokens`` are those of all documents, one behind another: [sum of lengths]; a memory map will do.
+
+        Raises:
+            PlanError: tokens that are no numbers or not those packed, or padding that is none of their dtype.
         """
         tokens = array("Tokens", tokens)
-        if tokens.dtype.kind in "iu":
-            padding = integer("padding", padding, int(np.iinfo(tokens.dtype).min), int(np.iinfo(tokens.dtype).max))
+        padding = _padding(padding, tokens.dtype)
         if np.shape(tokens) != (int(self.first_token[-1]),):
             raise PlanError(
                 f"The documents packed have {self.first_token[-1]} tokens in one vector; "
@@ -181,11 +184,24 @@ class _Rows:
     def count(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64))
 
-    def spread(self, values: npt.NDArray[Any], padding: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    def spread(self, values: npt.NDArray[Any], padding: float, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """``values[tokens]`` in their blocks: [*shape, block]."""
         out = np.full(self.count * self.block, padding, dtype)
         out[(self.row * self.block + self.pieces.position)[self.piece] + self.within] = values
         return out.reshape(*self.shape, self.block)
+
+
+def _padding(padding: Any, dtype: np.dtype[Any]) -> Any:
+    """``padding``, checked to be a number that tokens of this dtype can be."""
+    if dtype.kind in "iu":
+        return integer("padding", padding, int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
+    if dtype.kind not in "bf":
+        raise PlanError(f"Tokens are numbers; these are {dtype}. Give their numbers in the vocabulary.")
+    largest = 1.0 if dtype.kind == "b" else float(np.finfo(dtype).max)
+    number = isinstance(padding, int | float | np.number | np.bool_)
+    if not number or largest < abs(padding) < math.inf:
+        raise PlanError(f"padding must be a number, such as tokens of {dtype} can be; it is {padding!r:.80}.")
+    return padding
 
 
 def _runs(lengths: Int64s) -> tuple[Int64s, Int64s]:

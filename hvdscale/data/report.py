@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from hvdscale.data.shares import share_out
 from hvdscale.data.types import Int64s
@@ -105,6 +106,13 @@ def ideal_move(before: tuple[int, tuple[float, ...] | None], after: tuple[int, t
     (old, old_weights), (new, new_weights) = before, after
     count = max(old, new)
     have, want = np.zeros(count), np.zeros(count)
-    have[:old] = np.asarray(old_weights or np.ones(old)) / np.sum(old_weights or np.ones(old))
-    want[:new] = np.asarray(new_weights or np.ones(new)) / np.sum(new_weights or np.ones(new))
+    have[:old], want[:new] = _parts(old, old_weights), _parts(new, new_weights)
     return float(np.maximum(want - have, 0).sum())
+
+
+def _parts(shards: int, weights: tuple[float, ...] | None) -> npt.NDArray[np.float64]:
+    """The part of each shard, summing to 1. Weights may be as large as floats go; their sum is not."""
+    scaled = np.array(weights or np.ones(shards))
+    scaled /= scaled.max()
+    parts: npt.NDArray[np.float64] = scaled / scaled.sum()
+    return parts

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 from hvdscale.data.certificate import REMEMBERED_EPOCHS, add_sums
-from hvdscale.data.checks import differ, integer, one_of, shares_from, states_of_all
+from hvdscale.data.checks import differ, integer, one_of, shares_from, shortened, states_of_all
 from hvdscale.data.format import EVEN_FORMAT, FORMAT, fingerprint
 from hvdscale.data.interruption import Interruption, Leg
 from hvdscale.data.position import Position
@@ -238,14 +238,9 @@ def _same_plan(one: str, a: Mapping[str, Any], other: str, b: Mapping[str, Any])
     for name in a.keys() | b.keys():
         if differ(a.get(name), b.get(name)):
             raise StateError(
-                f"States belong to one plan; {name} differs: {one} has {_short(a.get(name))}, {other} "
-                f"{_short(b.get(name))}."
+                f"States belong to one plan; {name} differs: {one} has {shortened(a.get(name))}, {other} "
+                f"{shortened(b.get(name))}."
             )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _said(error: Exception) -> str:

@@ -43,11 +43,13 @@ def test_a_whole_part_takes_everything(whole: tuple[float, ...]) -> None:
 
 def test_a_salt_is_text_or_a_number() -> None:
     assert not np.array_equal(split(KEYS, (0.5, 0.5), "\udcff")[0], split(KEYS, (0.5, 0.5), 255)[0])
-    with pytest.raises(PlanError, match=r"salt is a str or int; it is 1\.5"):
+    one, same, other = (split(KEYS, (0.5, 0.5), salt)[0].tolist() for salt in (1, "1", 2))
+    assert one == same != other, "a salt counts by its text"
+    with pytest.raises(PlanError, match=r"salt is a str or an integer; it is 1\.5"):
         split(KEYS, (0.5, 0.5), 1.5)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("fractions", [0.5, "01", ("a", 1), None])
+@pytest.mark.parametrize("fractions", [0.5, "01", ("a", 1), None, {0.9, 0.1}, ("0.5", "0.5")])
 def test_fractions_that_are_no_numbers_are_refused(fractions: object) -> None:
     with pytest.raises(PlanError, match=r"one number per part, such as .* they are"):
         split(KEYS, fractions)  # type: ignore[arg-type]

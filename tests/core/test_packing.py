@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -107,6 +109,8 @@ def test_blocks_of_any_shape(shape: tuple[int, ...]) -> None:
 
 
 def test_tokens_keep_their_dtype() -> None:
+    assert np.isnan(pack([3], 4).read(np.zeros(3, np.float16), [0], padding=math.nan)[0, 3])
+    assert pack([3], 4).read(np.zeros(3, bool), [0], padding=True).tolist() == [[False] * 3 + [True]]
     assert pack([3], 4).read(np.zeros(3, np.uint16), [0]).dtype == np.uint16
 
 
@@ -208,6 +212,12 @@ def test_bad_arguments(arguments: tuple, message: str) -> None:
             lambda p: p.read(np.zeros(30, np.uint16), [0], padding=-1),
             r"padding must be an integer in 0\.\.65535; it is -1",
         ),
+        (lambda p: p.read(np.zeros(30, int), [0], padding="x"), "padding must be an integer in .*; it is 'x'"),
+        (lambda p: p.read(np.zeros(30), [0], padding="x"), "such as tokens of float64 can be; it is 'x'"),
+        (lambda p: p.read(np.zeros(30), [0], padding=[0.0, 1.0]), r"it is \[0\.0, 1\.0\]"),
+        (lambda p: p.read(np.zeros(30, np.float16), [0], padding=1e9), "tokens of float16 can be; it is 1000000000.0"),
+        (lambda p: p.read(np.zeros(30, bool), [0], padding=2), "tokens of bool can be; it is 2"),
+        (lambda p: p.read(np.full(30, "a"), [0]), "Tokens are numbers; these are <U1"),
         (lambda p: p.read(np.zeros(29), [0]), r"have 30 tokens in one vector; these tokens have shape \(29,\)"),
     ],
 )

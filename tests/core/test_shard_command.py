@@ -54,6 +54,27 @@ def test_the_report_names_the_key_that_weighs_most(tmp_path: Path, capsys: pytes
     assert "3 distinct keys; the most frequent, 'b', comes 2 times" in capsys.readouterr().out
 
 
+def test_keys_as_long_as_books_are_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "books").write_text(f"{'b' * 10**6}\n{'b' * 10**6}\n")
+    assert main(["shards", str(tmp_path / "books"), "--shards", "2"]) == 0
+    assert re.search(r"most frequent, 'b{76}\.\.\., comes 2 times", capsys.readouterr().out)
+    for more, message in (
+        ("--unique", r"keys 0 and 1 are both b'b{75}\.\.\."),
+        ("--keys=integers", r"1 is 'b{76}\.\.\.\."),
+    ):
+        assert main(["shards", str(tmp_path / "books"), "--shards", "2", more]) == 1
+        assert re.search(message, shown := capsys.readouterr().err)
+        assert len(shown) < 300
+
+
+def test_a_terminal_without_the_letters_of_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "keys").write_text("naïve\nnaïve\n日本\n")
+    screen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, "ascii"))
+    assert main(["shards", str(tmp_path / "keys"), "--shards", "2"]) == 0
+    assert b"the most frequent, 'na\\xefve', comes 2 times" in screen.getvalue()
+
+
 def test_even_shards(keys_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     shown = figures(capsys, keys_file, "--shards", "4", "--even", "--resize=5")
     assert (shown["sizes"], shown["resized"]["sizes"]) == ([125] * 4, [100] * 5)
@@ -85,6 +106,7 @@ def test_several_files_and_a_pipe_are_one_text(
         (["FILE", "--shards", "2", "--policy", "ordered", "--even"], "by themselves"),
         (["FILE", "FILE", "--shards", "2", "--unique"], "500 repeat an earlier one"),
         (["missing.txt", "--shards", "2"], "missing.txt"),
+        (["/", "--shards", "2"], "/ is a directory. Give its files: /*"),
     ],
 )
 def test_errors_are_one_message(

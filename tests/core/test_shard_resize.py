@@ -234,3 +234,16 @@ class TestReport:
         assert "7 shards hold no sample" in str(ShardPlan(3, 10).report())
         assert "84 more shards" in str(ShardPlan(1000, 100).report())
         assert ShardPlan(0, 4).report().skew == 1.0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("policy", ["ordered", "random", "hash"])
+@pytest.mark.parametrize(("large", "small"), [(1.7e308, 1e308), (1e-300, 5e-324), (1.7e308, 5e-324)])
+def test_weights_may_be_as_large_and_small_as_floats_go(policy: str, large: float, small: float) -> None:
+    plan = ShardPlan(1000, 3, policy, weights=[large, small, large])
+    after, move = plan.resize(2, [small, large])
+    part = max(small / large, 1e-300)
+    scaled, same = ShardPlan(1000, 3, policy, weights=[1.0, part, 1.0]).resize(2, [part, 1.0])
+    assert after.sizes().tolist() == scaled.sizes().tolist()
+    assert (move.ideal, move.fraction) == (pytest.approx(same.ideal), same.fraction)
+    assert "shards" in str(after.report()) + str(move)
