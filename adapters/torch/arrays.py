@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, default_collate
 
 from hvdscale.data.checks import function
 from hvdscale.data.nested import all_arrays, mapped, refuse_no_data, rows_in
+from hvdscale.errors import PlanError
 
 __all__ = ["Arrays", "as_dataset", "on_accelerator"]
 
@@ -40,12 +41,13 @@ def as_dataset(data: Any, collate: Callable[[Any], Any] | None) -> tuple[Any, Ca
     """``data`` as a map-style data set, and what makes a batch of what it gives for a list of samples.
 
     Raises:
-        PlanError: data without a length and items.
+        PlanError: data without a length and items, or arrays of what no tensor holds.
     """
     function("collate", collate)
     if all_arrays(data, _is_array):
+        mapped(_refuse_no_numbers, data)
         return Arrays(data), collate or _as_it_is
-    refuse_no_data(data)
+    refuse_no_data(data, _is_array)
     return data, collate or default_collate
 
 
@@ -62,9 +64,15 @@ def on_accelerator(data: Any) -> bool:
 
 
 def _is_array(data: Any) -> bool:
-    if isinstance(data, np.ndarray):
-        return data.ndim > 0 and data.dtype.kind in "biufc"
-    return isinstance(data, torch.Tensor) and data.ndim > 0
+    return isinstance(data, np.ndarray | torch.Tensor) and data.ndim > 0
+
+
+def _refuse_no_numbers(array: Any) -> None:
+    if isinstance(array, np.ndarray) and array.dtype.kind not in "biufc":
+        raise PlanError(
+            f"Tensors of PyTorch hold numbers; this array has {array.dtype}. Make numbers of it, or give a list or a "
+            "data set of samples, whose batches are then lists."
+        )
 
 
 def _row(array: Any, sample: Any) -> torch.Tensor:

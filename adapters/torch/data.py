@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -19,7 +21,8 @@ from hvdscale.torch.streaming import ShardedIterable, StatedIterable, refuse_per
 
 __all__ = ["ShardedLoader", "StreamLoader", "shard_dataset"]
 
-_OURS = ("batch_size", "batch_sampler", "sampler", "shuffle", "drop_last", "num_workers", "prefetch_factor")
+_OURS = ("batch_sampler", "sampler", "shuffle", "drop_last")
+_OTHER_NAMES = {"dataset": "data", "num_workers": "workers", "prefetch_factor": "prefetch", "collate_fn": "collate"}
 
 
 def shard_dataset(
@@ -70,11 +73,7 @@ def shard_dataset(
         )
     if persistent_workers and not workers:
         raise PlanError("Workers persist, and there are none. Give workers, or leave persistent_workers out.")
-    taken = sorted(set(options) & set(_OURS))
-    if taken:
-        raise PlanError(f"The plan decides on {', '.join(taken)}: leave it out (workers and prefetch have own names).")
-    if options.get("in_order") is False:
-        raise PlanError("Batches come in the plan's order, which the state counts; leave in_order=False out.")
+    _check_options(options)
     options["num_workers"] = workers
     options["prefetch_factor"] = None if prefetch is None else integer("prefetch", prefetch, 1)
     there = on_accelerator(data)
@@ -94,6 +93,24 @@ def shard_dataset(
         raise PlanError(f"The plan is over {plan.n} samples; data holds {len(dataset)}. Make the plan for len(data).")
     options["persistent_workers"] = workers > 0 if persistent_workers is None else persistent_workers
     return ShardedLoader(dataset, AheadSampler(plan, batch_size, shard=shard, epoch=epoch), gather, **options)
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Raises PlanError for what is no option of a ``DataLoader``, or not the caller's to decide; it says whose."""
+    known = signature(DataLoader).parameters
+    fields = {field.name for kind in (ShardPlan, BalancedPlan, ShardStream) for field in dataclasses.fields(kind)}
+    for name in options:
+        if name in _OTHER_NAMES:
+            raise PlanError(
+                f"{name} is called {_OTHER_NAMES[name]} here: shard_dataset(..., {_OTHER_NAMES[name]}=...)."
+            )
+        if name in _OURS:
+            raise PlanError(f"The plan decides on {name}: leave it out, or see policy and tail of ShardPlan.")
+        if name not in known:
+            where = f"Give it to the plan: {name}=..." if name in fields else f"There are {', '.join(known)}."
+            raise PlanError(f"A DataLoader of PyTorch {torch.__version__} has no option {name}. {where}")
+    if options.get("in_order") is False:
+        raise PlanError("Batches come in the plan's order, which the state counts; leave in_order=False out.")
 
 
 class ShardedLoader(DataLoader[Any]):

@@ -43,8 +43,13 @@ def rows_in(arrays: Any) -> int:
     return lengths[0]
 
 
-def refuse_no_data(data: Any) -> None:
+def refuse_no_data(data: Any, is_array: Callable[[Any], bool]) -> None:
     """Raises PlanError where ``data``, which is no arrays, gives no sample for a number."""
+    if isinstance(data, tuple) and any(all_arrays(part, is_array) for part in data):
+        kinds = ", ".join(type(part).__name__ for part in data)
+        raise PlanError(
+            f"A tuple as data holds arrays alone, or is of samples; these are {kinds:.200}. Make arrays of all."
+        )
     if isinstance(data, Mapping):
         kinds = ", ".join(f"{name!r} is a {type(part).__name__}" for name, part in data.items())
         raise PlanError(f"A dictionary as data holds arrays alone; {kinds or 'it is empty'}. Make arrays of its parts.")

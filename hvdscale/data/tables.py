@@ -32,7 +32,7 @@ class Table:
         function("collate", collate)
         self.is_arrays = all_arrays(data, _is_array)
         if not self.is_arrays:
-            refuse_no_data(data)
+            refuse_no_data(data, _is_array)
         self._data = mapped(np.asanyarray, data) if self.is_arrays else data  # a memory map stays one
         self._length = rows_in(self._data) if self.is_arrays else len(data)
         self._collate = collate

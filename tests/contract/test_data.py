@@ -173,6 +173,7 @@ def test_an_epoch_that_is_not_over_is_not_verified(hvd: Any, size: int) -> None:
         (lambda h, k: h.shard_dataset(iter([1]), h.ShardPlan(1, k), 8), "it is a list_iterator. For a stream"),
         (lambda h, k: h.shard_dataset(np.arange(N), h.ShardPlan(N, k), 8, collate=3), "collate is a function; it is 3"),
         (lambda h, k: h.shard_dataset({"x": [1]}, h.ShardPlan(1, k), 8), "holds arrays alone; 'x' is a list"),
+        (lambda h, k: h.shard_dataset((np.arange(1), [1]), h.ShardPlan(1, k), 8), "arrays alone, .* are ndarray, list"),
         (lambda h, k: h.shard_dataset(np.arange(N), k, 8), "plan is a ShardPlan or BalancedPlan"),
         (lambda h, k: h.shard_dataset(np.arange(N), h.ShardPlan(N, k), 8, workers=-1), "workers must be an integer"),
         (lambda h, k: h.shard_dataset((np.arange(3), np.arange(4)), h.ShardPlan(3, k), 8), r"have \[3, 4\] rows"),

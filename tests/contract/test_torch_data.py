@@ -313,7 +313,22 @@ class TestPlainLoaders:
         (lambda k: hvd.shard_dataset(iter([1]), hvd.ShardPlan(1, k), 8), "it is a list_iterator. For a stream"),
         (lambda k: hvd.shard_dataset((np.arange(3), np.arange(4)), hvd.ShardPlan(3, k), 8), r"have \[3, 4\] rows"),
         (lambda k: hvd.shard_dataset(np.arange(N), hvd.ShardPlan(N, k), 8, shuffle=True), "plan decides on shuffle"),
-        (lambda k: hvd.shard_dataset(np.arange(N), hvd.ShardPlan(N, k), 8, num_workers=2), "decides on num_workers"),
+        (lambda k: hvd.shard_dataset(np.arange(N), hvd.ShardPlan(N, k), 8, num_workers=2), "num_workers is .* workers"),
+        (lambda k: hvd.shard_dataset(np.arange(N), hvd.ShardPlan(N, k), 8, collate_fn=len), "collate_fn is .* collate"),
+        (
+            lambda k: hvd.shard_dataset(np.arange(N), hvd.ShardPlan(N, k), 8, wokers=2),
+            "no option wokers. There are data",
+        ),
+        (
+            lambda k: hvd.shard_dataset(np.arange(N), hvd.ShardPlan(N, k), 8, seed=2),
+            "no option seed. Give it to the plan",
+        ),
+        (
+            lambda k: hvd.shard_dataset(records, stream("ordered", k), 8, tail="pad"),
+            "no option tail. Give it to the plan",
+        ),
+        (lambda k: hvd.shard_dataset(np.full(3, "a"), hvd.ShardPlan(3, k), 8), "hold numbers; this array has <U1"),
+        (lambda k: hvd.shard_dataset({"x": np.array([None])}, hvd.ShardPlan(1, k), 8), "this array has object"),
         (lambda k: hvd.shard_dataset(np.arange(N), hvd.ShardPlan(N, k), 8, in_order=False), "leave in_order=False out"),
         (
             lambda k: hvd.shard_dataset(np.arange(N), hvd.ShardPlan(N, k), 8, prefetch=4),
