@@ -44,8 +44,9 @@ def shard_dataset(
     epoch: right for an evaluation; from the third pass on a warning says so. Batches come in the plan's order,
     whatever ``shuffle`` says.
 
-    Where the plan has ``tail="pad"`` and data is ``(x, y)`` or ``(x, y, weight)``, batches are ``(x, y, weight)``: 0
-    for what only fills. Dictionaries get no weight. Keras divides the sum of losses by all samples of a batch.
+    Where the plan has ``tail="pad"``, batches are ``(x, y, weight)``, with 0 for what only fills; each of the three may
+    be a dictionary. Keras has no weight for ``x`` alone, so there must be a ``y``: that is refused rather than trained
+    on. Keras divides the sum of losses by all samples of a batch.
 
     Args:
         data: an array, or a tuple ``(x, y)`` or dictionary of arrays, or any object with ``__len__`` and
@@ -134,9 +135,7 @@ class ShardedPyDataset(keras.utils.PyDataset):
                 raise IndexError(f"Epoch {self.feed.epoch} has no batch with samples left for step {index} of fit.")
             batch, fetched = self._waiting.popleft()
         rows = fetched.result() if isinstance(fetched, Future) else fetched
-        if self._weighs and isinstance(rows, tuple) and len(rows) in (2, 3):
-            return (*rows[:2], _weights(batch.valid, *rows[2:]))
-        return rows
+        return _weighted(rows, batch.valid) if self._weighs else rows
 
     def on_epoch_begin(self) -> None:
         self._begin_anew()
@@ -266,9 +265,24 @@ def _executor(table: Table, workers: int, use_multiprocessing: bool) -> Executor
     return ProcessPoolExecutor(workers, fresh, _keep, (table,))
 
 
-def _weights(valid: np.ndarray, given: Any = None) -> np.ndarray:
-    """The weight of each sample, those ``given`` or 1, [batch] or [batch, ...]: 0 for what only fills."""
-    if given is None:
-        return valid.astype(np.float32)
-    given = np.asarray(given)
-    return given * valid.reshape(-1, *(1,) * (given.ndim - 1)).astype(given.dtype)
+def _weighted(rows: Any, valid: np.ndarray) -> tuple[Any, Any, Any]:
+    """``(x, y, weight)`` of what the data gave: its own weights or 1, and 0 where a sample is not ``valid``, [batch].
+
+    Raises:
+        PlanError: the data has no ``y``, so that Keras takes no weight, or is of more parts than Keras knows.
+    """
+    parts = tuple(rows) if isinstance(rows, tuple | list) else (rows,)
+    if len(parts) not in (2, 3) or parts[1] is None:
+        raise PlanError(
+            f'Tail "pad" gives what only fills a weight of 0, which Keras takes beside (x, y); this data gives '
+            f"{len(parts)} parts, {type(rows).__name__}. Give (x, y) or (x, y, weight), with zeros for y where the "
+            'model has no use for it, or take tail "exact" or "drop".'
+        )
+    if len(parts) == 2 or parts[2] is None:
+        return (*parts[:2], valid.astype(np.float32))
+
+    def masked(weights: Any) -> np.ndarray:  # [batch] or [batch, ...]
+        weights = np.asarray(weights)
+        return weights * valid.reshape(-1, *(1,) * (weights.ndim - 1)).astype(weights.dtype)
+
+    return (*parts[:2], keras.tree.map_structure(masked, parts[2]))

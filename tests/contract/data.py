@@ -41,7 +41,8 @@ def one_pass(loader: Any, most: int | None = None) -> Iterator[tuple[int, list[i
     loader.on_epoch_begin()
     loader.counter.on_epoch_begin(0)
     for step in range(steps if most is None else min(steps, most)):
-        numbers = np.asarray(loader[step]).tolist()
+        batch = loader[step]
+        numbers = np.asarray(batch[0] if isinstance(batch, tuple) else batch).tolist()
         loader.counter.on_train_batch_end(step)
         yield loader.batch.epoch, numbers
     loader.counter.on_train_end()

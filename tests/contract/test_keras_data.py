@@ -181,11 +181,29 @@ def test_a_stream_has_no_length(size: int) -> None:
         hvd.shard_dataset(lambda start: [], hvd.ShardStream(size), 4)
 
 
-@pytest.mark.parametrize("shape", [(), (3,)])
-def test_what_only_fills_has_no_weight_whatever_the_data_says(shape: tuple[int, ...]) -> None:
-    weights = np.full((37, *shape), 2.0, np.float32)
-    plan = hvd.ShardPlan(37, 1, "ordered", tail="pad")
-    batches = hvd.shard_dataset((*(part[:37] for part in rows()), weights), plan, 8, shard=0)
-    last = [batches[i] for i in range(len(batches))][-1][2]
-    assert last.shape == (8, *shape)
-    assert last.reshape(8, -1)[:, 0].tolist() == [2.0] * 5 + [0.0] * 3
+WEIGHTS = {
+    "none": None,
+    "one a sample": np.full(37, 2.0, np.float32),
+    "several a sample": np.full((37, 3), 2.0, np.float32),
+    "by output": {"one": np.full(37, 2.0, np.float32), "other": np.full(37, 2, int)},
+}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("inputs", ["array", "dictionary"])
+def test_what_only_fills_has_no_weight_whatever_the_data_says(inputs: str, weights: str) -> None:
+    x, y = (part[:37] for part in rows())
+    data = ({"array": x, "dictionary": {"a": x, "b": x}}[inputs], {"one": y, "other": y})
+    own = () if WEIGHTS[weights] is None else (WEIGHTS[weights],)
+    batches = hvd.shard_dataset((*data, *own), hvd.ShardPlan(37, 1, "ordered", tail="pad"), 8, shard=0)
+    last = [batches[i] for i in range(len(batches))][-1]
+    assert len(last) == 3
+    for of in keras.tree.flatten(last[2]):
+        assert of.reshape(8, -1)[:, 0].tolist() == [2.0 if own else 1.0] * 5 + [0.0] * 3
+
+
+@pytest.mark.parametrize("data", [rows()[0], {"a": rows()[0]}, (rows()[0],), (rows()[0],) * 4])
+def test_what_fills_and_cannot_have_a_weight_is_refused(data: Any) -> None:
+    batches = hvd.shard_dataset(data, hvd.ShardPlan(N, 1, tail="pad"), 8, shard=0)
+    with pytest.raises(hvd.PlanError, match=r"this data gives \d parts, .* Give \(x, y\) or"):
+        trained(batches)
