@@ -119,19 +119,17 @@ class ShardedLoader(DataLoader[Any]):
     def __init__(self, dataset: Any, sampler: AheadSampler, collate: Callable[[Any], Any], **options: Any) -> None:
         super().__init__(dataset, batch_sampler=sampler, collate_fn=collate, **options)
         self.feed = sampler.feed
-        self._turn = 0
+        self._passes, self._turn = sampler.passes, 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self._turn += 1
         for data in _while_latest(super().__iter__(), self._turn, lambda: self._turn):
-            while not len(self.feed.deliver()):
-                continue  # an empty batch, which has no data
+            self._passes.deliver(self._passes.turn)
             yield data
-        self.feed.finish()
 
     @property
     def epoch(self) -> int:
-        """The epoch of this iteration, or of the next one between two."""
+        """The epoch of the next batch: once the last batch of an epoch is handed out, the epoch after it."""
         return self.feed.epoch
 
     @property
@@ -149,24 +147,24 @@ class StreamLoader(DataLoader[Any]):
 
     def __init__(self, batches: ShardedIterable, **options: Any) -> None:
         super().__init__(StatedIterable(batches), batch_size=None, collate_fn=_as_it_is, **options)
-        self._batches = batches
+        self._cursor = batches.cursor
         self._turn = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self._turn += 1
         for data, state in _while_latest(super().__iter__(), self._turn, lambda: self._turn):
-            self._batches.deliver(state)
+            self._cursor.reach(state)
             yield data
-        self._batches.finish()
+        self._cursor.finish()
 
     @property
     def epoch(self) -> int:
         """The pass over the stream of this iteration, or of the next one between two."""
-        return self._batches.stream.epoch
+        return self._cursor.epoch
 
     def state_dict(self) -> dict[str, Any]:
         """What was delivered, as JSON; ``ShardStream.resume`` takes the states of all shards."""
-        return self._batches.state_dict()
+        return self._cursor.state_dict()
 
 
 def _while_latest(batches: Iterator[Any], own: int, latest: Callable[[], int]) -> Iterator[Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 from torch.utils.data import Sampler
 
-from hvdscale.data import BalancedPlan, Feed, ShardPlan, checks
+from hvdscale.data import BalancedPlan, Feed, Passes, ShardPlan, checks
 from hvdscale.data.batch import Batch
 from hvdscale.torch.runtime import world
 
@@ -67,9 +68,12 @@ class ShardedBatchSampler(Sampler[list[int]]):
 
 
 class AheadSampler(ShardedBatchSampler):
-    """Draws without delivering; its loader delivers and finishes. Batches without a sample are left out."""
+    """Draws without delivering, in ``passes``; its loader delivers. Batches without a sample are left out."""
+
+    @cached_property
+    def passes(self) -> Passes:
+        return Passes(self.feed)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.feed.batches():
-            if len(batch):
-                yield batch.indices.tolist()
+        for _, batch in self.passes.draw():
+            yield batch.indices.tolist()

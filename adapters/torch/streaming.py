@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from hvdscale.data import ShardStream
 from hvdscale.data.checks import function, instance
+from hvdscale.data.stream_feed import StreamCursor
 from hvdscale.errors import PlanError
 from hvdscale.torch.samplers import own_shard
 
@@ -43,11 +44,8 @@ class ShardedIterable(IterableDataset[Any]):
     ) -> None:
         instance("stream", stream, ShardStream)
         function("collate", collate)
-        self.source, self.stream, self.batch_size = source, stream, batch_size
-        self.shard = own_shard(shard, stream.shards)
-        self.after: Mapping[str, Any] | None = None
+        self.cursor = StreamCursor(source, stream, own_shard(shard, stream.shards), batch_size)
         self._collate = collate or default_collate
-        self._state: Mapping[str, Any] = stream.reader(source, self.shard, batch_size).state_dict()
 
     def __iter__(self) -> Iterator[Any]:
         return (batch for batch, _ in self.stated())
@@ -56,24 +54,13 @@ class ShardedIterable(IterableDataset[Any]):
         """Batches, each with the state once it is delivered; in a worker the worker's turns."""
         worker = get_worker_info()
         every, first = (1, 0) if worker is None else (worker.num_workers, worker.id)
-        reader = self.stream.reader(
-            self.source, self.shard, self.batch_size, every=every, first=first, after=self.after
-        )
+        reader = self.cursor.reader(every, first)
         for records in reader:
             yield self._collate(records), reader.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
         """How far the stream is delivered, as JSON; ``ShardStream.resume`` takes the states of all shards."""
-        return dict(self._state)
-
-    def deliver(self, state: Mapping[str, Any]) -> None:
-        """Count all up to ``state`` as read: the next iteration starts behind it."""
-        self._state = self.after = state
-
-    def finish(self) -> None:
-        """End this pass: the next iteration is the stream's next epoch, from its start."""
-        self._state = {**self._state, "finished": True}
-        self.stream, self.after = self.stream.next_epoch(), None
+        return self.cursor.state_dict()
 
 
 class StatedIterable(IterableDataset[Any]):

@@ -47,6 +47,11 @@ class Passes:
         self._turn = 0
         self._last: deque[bool] = deque()  # of each batch drawn and not delivered: does the pass end with it?
 
+    @property
+    def turn(self) -> int:
+        """The number of the latest pass."""
+        return self._turn
+
     def draw(self) -> Iterator[tuple[int, Any]]:
         """The batches with something in them, each with the number of this pass, which ``deliver`` takes."""
         with self._lock:

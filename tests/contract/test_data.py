@@ -48,6 +48,17 @@ def test_an_epoch_read_once_is_verified(
         assert all_numbers(driver, mine) == list(range(N))
 
 
+def test_a_pass_ends_with_its_last_batch(hvd: Any, rank: int, size: int) -> None:
+    """Whether or not the loop comes back to learn that nothing is left."""
+    plan = hvd.ShardPlan(N, size, seed=1)
+    loader = hvd.shard_dataset(np.arange(N), plan, 8)
+    for epoch in range(3):
+        read = [number for _, numbers in one_pass(loader, len(loader)) for number in numbers]
+        assert read == plan.indices(rank, epoch).tolist()
+        assert loader.epoch == epoch + 1
+        hvd.verify_epoch(loader)
+
+
 def more(state: dict[str, Any]) -> None:
     """As if one more batch had been delivered: its samples get lost."""
     state["step"] += 1
