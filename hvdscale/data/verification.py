@@ -1,4 +1,4 @@
-"""The proof that all ranks together read an epoch exactly once: one sum of 64 bits over the ranks."""
+"""A check that all ranks' loaders together handed out an epoch exactly once: one sum of 64 bits over the ranks."""
 
 from __future__ import annotations
 
