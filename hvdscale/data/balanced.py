@@ -113,6 +113,8 @@ class BalancedPlan:
             if not isinstance(state, Mapping) or state.get("format") != _FORMAT:
                 raise StateError(f"State {i} is not that of a balanced reader ({_FORMAT}): {state!r:.200}.")
         at = [state.get("steps") for state in states]
+        if not isinstance(at[0], int):
+            raise StateError(f"A balanced state counts its steps; this one is damaged: {states[0]!r:.200}.")
         if any(differ(steps, at[0]) for steps in at):
             raise StateError(
                 f"A balanced step is delivered by all ranks or by none; these delivered {at} steps. "

@@ -71,7 +71,7 @@ def key_vector(keys: object) -> Keys:
         if given.ndim != 1:
             raise PlanError(f"Keys are one per sample: a vector. This array has shape {given.shape}.")
         return given
-    if isinstance(vector, str | bytes) or not isinstance(vector, Sequence):
+    if isinstance(vector, str | bytes | bytearray | memoryview) or not isinstance(vector, Sequence):
         raise PlanError(
             f"Keys are one per sample, in a list or an array; these are a {type(keys).__name__}. Give list(keys)."
         )

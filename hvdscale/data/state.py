@@ -192,6 +192,9 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> Past:
             tuple(positions),
         )
         past.check_epochs()
+        epochs = [each.epoch for each in past.interrupted]
+        if len(set(epochs)) < len(epochs):
+            raise PlanError(f"an epoch is interrupted once, by all its legs; these are {epochs!s:.80}")
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise StateError(f"The plan in the states is damaged: {_said(error)}") from error
     shards = shares[-1][0]
@@ -225,7 +228,7 @@ def _position(state: Mapping[str, Any]) -> Position:
             integer("epoch", state["epoch"], 0),
             integer("step", state["step"], 0),
             integer("delivered", state["delivered"], 0),
-            {int(epoch): _sum(value) for epoch, value in state["sums"].items()},
+            {integer("epoch of a sum", int(epoch), 0): _sum(value) for epoch, value in state["sums"].items()},
         )
         if not isinstance(state["plan"], Mapping):
             raise TypeError("plan is no table")

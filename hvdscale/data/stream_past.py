@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvdscale.data.checks import differ, states_of_all
+from hvdscale.data.checks import MOST_SHARDS, differ, states_of_all
 from hvdscale.data.types import Int64s
 from hvdscale.errors import StateError
 
 __all__ = ["Run", "first_open", "known_marks", "merge_states", "read_state"]
+
+_MOST = 2**62  # records
 
 
 @dataclass(frozen=True)
@@ -97,15 +99,18 @@ def _check_state(i: int, state: object, facts: Mapping[str, Any]) -> None:
     numbers = {name: state.get(name) for name in ("epoch", "shards", "shard", "batches", "reached")}
     past, finished, mark = state.get("past"), state.get("finished"), state.get("key")  # older states have no key
     whole = all(_natural(value) for value in numbers.values()) and isinstance(finished, bool)
-    whole = whole and isinstance(mark, str | None)
-    if not whole or not (
-        isinstance(past, list) and all(isinstance(run, list) and run and all(map(_natural, run)) for run in past)
-    ):
+    whole = whole and isinstance(mark, str | None) and state["reached"] <= _MOST
+    if not whole or not (isinstance(past, list) and all(map(_is_run, past))):
         raise StateError(f"State {i} is damaged: {numbers}, finished {finished!r}, key {mark!r:.80}, past {past!r}.")
 
 
 def _run_of(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: state[name] for name in ("epoch", "shards", "past")}
+
+
+def _is_run(saved: object) -> bool:
+    numbers = saved if isinstance(saved, list) else []
+    return 0 < len(numbers) <= MOST_SHARDS and all(_natural(number) and number <= _MOST for number in numbers)
 
 
 def _natural(value: object) -> bool:

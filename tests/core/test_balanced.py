@@ -164,6 +164,7 @@ def two_states() -> list[dict[str, Any]]:
             lambda s: [s[0], {**s[1], "own": {**s[1]["own"], "step": 2, "delivered": 8}}],
             r"at .* \[\(0, 1\), \(0, 2\)\]",
         ),
+        (lambda s: [{k: v for k, v in x.items() if k != "steps"} for x in s], "counts its steps; this one is damaged"),
         (lambda s: s[:1], "shard"),
         (lambda s: [], "states of all shards, as a list; there are none"),
     ],

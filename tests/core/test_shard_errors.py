@@ -87,6 +87,7 @@ PLANS: list[tuple[Callable[[], Any], str]] = [
     (lambda: ShardPlan(2, 2, "hash", keys=[-1, 2**63]), "9223372036854775808 does not, or not beside others"),
     (lambda: ShardPlan(2, 2, "hash", keys="ab"), r"one per sample, .* these are a str. Give list\(keys\)"),
     (lambda: ShardPlan(2, 2, "hash", keys={"a", "b"}), "these are a set"),
+    (lambda: ShardPlan(2, 2, "hash", keys=bytearray(b"ab")), "these are a bytearray"),
     (lambda: ShardPlan(2, 2, "hash", keys=dict.fromkeys("ab")), "these are a dict"),
     (lambda: ShardPlan(2, 2, "hash", keys=map(str, range(2))), "these are a map"),
     (lambda: ShardPlan(1, 2, "hash", keys=5), "these are a int"),
@@ -138,6 +139,8 @@ def of_plan(**fields: object) -> list[dict[str, Any]]:
     return [{**state, "plan": {**state["plan"], **fields}} for state in states(PLAN)]
 
 
+READ_IN_PART = {"epoch": 0, "certificate": None, "legs": [{"shares": [[3, None]], "delivered": [1, 1, 1]}]}
+
 RESUMES: list[tuple[Callable[[], list[Any]], str]] = [
     (lambda: [], "there are none"),
     (lambda: None, "as a list; this is 'None'"),
@@ -164,6 +167,8 @@ RESUMES: list[tuple[Callable[[], list[Any]], str]] = [
     (lambda: changed(batch_size=10**30), "batch_size must be an integer in 1"),
     (lambda: changed(sums={"0": "no number"}), "damaged"),
     (lambda: changed(sums=None), "damaged"),
+    (lambda: changed(sums={"-1": "0"}), "epoch of a sum must be an integer from 0; it is -1"),
+    (lambda: of_plan(interrupted=[READ_IN_PART] * 2), r"interrupted once, by all its legs; these are \[0, 0\]"),
     (lambda: changed(plan=None), "plan is no table"),
     (lambda: of_plan(policy="shuffled"), "it is 'shuffled'"),
     (lambda: of_plan(shares=[]), "it has no shards"),

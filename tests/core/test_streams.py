@@ -352,6 +352,9 @@ def two_states(policy: str = "ordered", **more: Any) -> list[dict[str, Any]]:
         (lambda s: [{**s[0], "reached": -1}, s[1]], "State 0 is damaged: .*'reached': -1"),
         (lambda s: [{**s[0], "reached": "9"}, s[1]], "State 0 is damaged"),
         (lambda s: [{**s[0], "past": [[]]}, s[1]], "State 0 is damaged"),
+        (lambda s: [{**s[0], "reached": 2**63}, s[1]], "State 0 is damaged"),
+        (lambda s: [{**x, "past": [[2**63]]} for x in s], "State 0 is damaged"),
+        (lambda s: [{**x, "past": [[1] * 65_536]} for x in s], "State 0 is damaged"),
         (lambda s: [{**s[0], "key": 3}, s[1]], "State 0 is damaged: .* key 3"),
     ],
 )
