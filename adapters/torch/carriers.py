@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hvdscale.sync import Reduction
 from hvdscale.torch.gradients import HOROVOD_OPS
+from hvdscale.torch.handles import wait
 from hvdscale.torch.wire import from_wire, movable, reducible
 from hvdscale.update import Bucket
 
@@ -57,7 +58,7 @@ class _Slices:
         self.sent_bytes += packed.nbytes * (self._ranks - 1) // self._ranks
 
         def arrive() -> Callable[[], Tensor]:
-            share = self._forward(_horovod.synchronize(handle), name)
+            share = self._forward(wait(handle), name)
             return lambda: self._compression.decompress(from_wire(share(), packed), context)
 
         return arrive
@@ -69,7 +70,7 @@ class _Slices:
     def spread(self, share: Tensor, bucket: Bucket, name: str) -> Callable[[], Tensor]:
         handle = _horovod.allgather_async(movable(share), name, self._process_set)
         self.sent_bytes += share.nbytes * (self._ranks - 1)
-        return lambda: from_wire(_horovod.synchronize(handle), share)
+        return lambda: from_wire(wait(handle), share)
 
 
 class _Centre(_Slices):
@@ -81,7 +82,7 @@ class _Centre(_Slices):
         handle = _horovod.alltoall_async(slice_of_sum, rows, f"{name}.centre", self._process_set)
         if self._process_set.rank() != 0:
             self.sent_bytes += slice_of_sum.nbytes
-        return lambda: _horovod.synchronize(handle)[0]
+        return lambda: wait(handle)[0]
 
     def spread(self, share: Tensor, bucket: Bucket, name: str) -> Callable[[], Tensor]:
         centre = self._process_set.rank() == 0
@@ -89,4 +90,4 @@ class _Centre(_Slices):
         root = (self._process_set.ranks or [0])[0]
         handle = _horovod.broadcast_async_(movable(whole), root, name, self._process_set)
         self.sent_bytes += whole.nbytes * (self._ranks - 1) if centre else 0
-        return lambda: from_wire(_horovod.synchronize(handle), whole)
+        return lambda: from_wire(wait(handle), whole)

@@ -15,6 +15,7 @@ from hvdscale.runtime.channel import Channel, HorovodChannel, MPIChannel, SoloCh
 from hvdscale.runtime.post import Post
 from hvdscale.runtime.post import open_post as _open_post
 from hvdscale.runtime.transport import MPITransport, SoloTransport
+from hvdscale.torch.handles import wait
 from hvdscale.torch.process_sets import intern
 from hvdscale.torch.runtime import control
 
@@ -46,7 +47,7 @@ def _over_horovod(process_set: ProcessSet, number: int) -> Channel:
         handle = _horovod.allreduce_async_(
             torch.from_numpy(values), name=name, op=_horovod.Sum, process_set=process_set
         )
-        return _horovod.synchronize(handle).numpy()
+        return wait(handle).numpy()
 
     def gather(data: np.ndarray, name: str) -> np.ndarray:
         return _horovod.allgather(torch.from_numpy(data.copy()), name=name, process_set=process_set).numpy()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hvdscale.errors import PlanError
 from hvdscale.sync import Reduction
+from hvdscale.torch.handles import wait
 from hvdscale.torch.wire import all_reducible, from_wire, movable, summed_as
 
 __all__ = ["HOROVOD_OPS", "Finish", "launch", "reduce_gradients"]
@@ -135,7 +136,7 @@ def _launch_dense(
     def finish() -> list[Tensor]:
         results = list(gradients)
         for positions, handle in flights:
-            outputs = _horovod.synchronize(handle)
+            outputs = wait(handle)
             for i, output in zip(positions, outputs if len(positions) > 1 else [outputs], strict=True):
                 tensor, context = packed[i]
                 result = compression.decompress(from_wire(output, tensor), context)
@@ -162,9 +163,9 @@ def _launch_sparse(
     value_handle = _horovod.allgather_async(movable(packed), name=f"{name}.values", process_set=process_set)
 
     def finish() -> Tensor:
-        values = from_wire(_horovod.synchronize(value_handle), packed)
+        values = from_wire(wait(value_handle), packed)
         values = values.reshape(-1, *gradient.values().shape[1:])
-        everyone = from_wire(_horovod.synchronize(row_handle), rows).reshape(-1, gradient.sparse_dim()).t()
+        everyone = from_wire(wait(row_handle), rows).reshape(-1, gradient.sparse_dim()).t()
         plain = compression.decompress(values, context)
         wide = plain.to(summed_as(plain.dtype))
         total = torch.sparse_coo_tensor(everyone, wide, gradient.shape, check_invariants=False).coalesce()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +21,15 @@ __all__ = [
     "returning",
     "synchronize",
     "then",
+    "wait",
     "with_plain_gradient",
 ]
 
 Handle = Any  # Horovod's int, or a CompoundHandle
+
+# How long a wait asks again and again before it sleeps between two looks, and how long it then sleeps.
+_SPIN_SECONDS = 0.0002
+_PAUSE_SECONDS = 0.00005
 
 # What is left to do with an operation's output, by Horovod's handle.
 _unfinished: dict[int, Callable[[Any], Any]] = {}
@@ -45,10 +51,25 @@ def synchronize(handle: Handle) -> Any:
     if isinstance(handle, CompoundHandle):
         return handle()
     try:
-        output = _horovod.synchronize(handle)
+        output = wait(handle)
     finally:
         finish = _unfinished.pop(handle, None)
     return output if finish is None else finish(output)
+
+
+def wait(handle: int) -> Any:
+    """Horovod's ``synchronize`` of a tensor or group, asleep meanwhile.
+
+    Horovod's own wait never sleeps: where ranks share cores it takes them from the thread that it waits for.
+    """
+    spin_until = time.monotonic() + _SPIN_SECONDS
+    try:
+        while not _horovod.poll(handle):
+            if time.monotonic() > spin_until:
+                time.sleep(_PAUSE_SECONDS)
+    except ValueError:  # of an operation whose output was handed out before
+        pass
+    return _horovod.synchronize(handle)
 
 
 def poll(handle: Handle) -> bool:
