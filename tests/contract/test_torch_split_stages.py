@@ -119,6 +119,34 @@ def test_loss_gradients_and_training_are_those_of_one_process(size: int, rank: i
         assert all(torch.equal(again["state"][n]["exp_avg"], s["exp_avg"]) for n, s in moments["state"].items())
 
 
+def test_copies_of_split_stages_train_on_their_own_data(size: int, rank: int) -> None:
+    """dp x pp x tp = 2 x 2 x 2: weights are those of one process with the batches of both copies."""
+    if size < 8:
+        return
+    mesh = hvd.Mesh(dp=2, pp=2, tp=2)
+    dp = mesh.coordinates(rank).dp
+    sharded, whole = shard(fresh("tied"), mesh), fresh("tied")
+    optimizer = hvd.DistributedOptimizer(torch.optim.AdamW(sharded.parameters(), 1e-2, eps=1e-3), model=sharded)
+    plain = torch.optim.AdamW(whole.parameters(), 1e-2, eps=1e-3)
+    for step in range(3):
+        batches = [batch(2 * step + copy, 5) for copy in range(2)]
+        optimizer.zero_grad()
+        plain.zero_grad()
+        expected = [alone(whole, x, y, 2, step, copy) for copy, (x, y) in enumerate(batches)]
+        for parameter in whole.parameters():
+            assert parameter.grad is not None
+            parameter.grad /= 2
+        assert sharded.train_step(*batches[dp]).item() == pytest.approx(expected[dp], abs=1e-5)
+        optimizer.synchronize()
+        norm = hvd.clip_grad_norm_(sharded, 0.3)
+        assert norm.item() == pytest.approx(nn.utils.clip_grad_norm_(whole.parameters(), 0.3).item(), rel=1e-4)
+        with optimizer.skip_synchronize():
+            optimizer.step()
+        plain.step()
+    for key, value in whole.state_dict().items():
+        torch.testing.assert_close(sharded.state_dict()[key], value, atol=1e-4, rtol=1e-3, msg=key)
+
+
 def own(sharded: Any) -> list[tuple[str, Tensor]]:
     """Gradients by name: of the state's names, those of parameters; buffers are as they are."""
     found = dict(sharded.local_state_dict())

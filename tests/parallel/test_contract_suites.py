@@ -33,6 +33,7 @@ class Part(Enum):
     GRADIENTS_AND_ROUNDS = _GRADIENTS_ONLY
     # Two copies of a pipeline of two stages are four ranks, and so are two stages that are split over two.
     ON_FOUR_RANKS = f"({_GRADIENTS_ONLY}) or meet_in_rounds or pipeline_state or split_stages"
+    ON_EIGHT_RANKS = "copies_of_split_stages"  # two copies of two stages over two ranks
     FOUR_STAGES = "four_stages or (meet_in_rounds and pipeline)"
     WITH_UPDATES = "not (asynchronous or pipeline or features)"
     # One process differs in how steps are made, too.
@@ -45,6 +46,7 @@ TABLE = [
     (TORCH, "horovodrun", 2, Part.EXCHANGES),
     (TORCH, "horovodrun-gloo", 2, Part.EXCHANGES),
     (TORCH, "mpirun", 4, Part.ON_FOUR_RANKS),
+    (TORCH, "mpirun", 8, Part.ON_EIGHT_RANKS),
     (TORCH, "alone", 1, Part.WITH_UPDATES),
     (TENSORFLOW, "mpirun", 2, Part.EVERYTHING),
     (TENSORFLOW, "mpirun", 3, Part.PROCESS_SETS),
