@@ -11,7 +11,7 @@ from contextlib import ExitStack
 
 from ci.bench.harness import BIN, Process, Variant
 
-__all__ = ["MPIRUN", "local_variants", "settings_to_try", "thread_env"]
+__all__ = ["MPIRUN", "free_ports", "local_variants", "settings_to_try", "thread_env"]
 
 # No binding: bound ranks would share their one core with Horovod's own thread, for stock and for us alike.
 MPIRUN = (str(BIN / "mpirun"), "--bind-to", "none")
@@ -54,14 +54,15 @@ def local_variants(
         if way in _MPI_WAYS:
             processes = (Process((*MPIRUN, "-np", str(ranks), *command), env),)
         else:
-            env |= {"BENCH_RANKS": str(ranks), "BENCH_PORTS": ",".join(map(str, _free_ports(ranks)))}
+            env |= {"BENCH_RANKS": str(ranks), "BENCH_PORTS": ",".join(map(str, free_ports(ranks)))}
             processes = tuple(Process(command, {**env, "BENCH_RANK": str(rank)}) for rank in range(ranks))
         alive = way != "strategy"  # TensorFlow's ranks send each other heartbeats
         variants.append(Variant(name, role, ranks, processes, may_be_stopped=alive))  # type: ignore[arg-type]
     return tuple(variants), f"Every rank of every variant computes on {threads} thread(s)."
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of this host that nobody listens on now, all different."""
     with ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
