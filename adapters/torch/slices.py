@@ -39,9 +39,14 @@ class Slice:
         """Whether it keeps what the parameter's dtype would round away."""
         return self.tensor.dtype != self.parameter.dtype
 
+    @property
+    def in_place(self) -> bool:
+        """Whether what the optimizer writes is in the parameter at once."""
+        return self.tensor.data_ptr() == self.parameter.data_ptr() + self.piece.start * self.parameter.element_size()
+
     def refresh(self) -> None:
         """Take in weights that were written to the parameter since, such as a checkpoint's."""
-        if self.tensor.data_ptr() == self.parameter.data_ptr() + self.piece.start * self.parameter.element_size():
+        if self.in_place:
             return
         now = _flat(self.parameter)[self.piece.start : self.piece.stop].view(self.tensor.shape)
         same = self.tensor.to(now.dtype) == now
@@ -66,6 +71,7 @@ class Slices:
         self.placement = placement
         self._rank = rank
         self._parameters = parameters
+        self._shares: dict[Bucket, Tensor] = {}  # one message buffer per bucket, kept from step to step
         self.by_position = {piece.tensor: Slice.of(piece, parameters[piece.tensor]) for piece in placement.pieces(rank)}
         self.by_parameter = {id(held.parameter): held for held in self.by_position.values()}
 
@@ -94,9 +100,12 @@ class Slices:
 
     @torch.no_grad()
     def share(self, bucket: Bucket) -> Tensor:
-        """This rank's share of the updated weights, in the parameters' dtype; padding is zero."""
-        like = self._parameters[bucket.tensors[0]]
-        share = torch.zeros(bucket.shares[self._rank], dtype=like.dtype, device=like.device)
+        """This rank's share of the updated weights, in the parameters' dtype; padding is zero. Good until the next."""
+        share = self._shares.get(bucket)
+        if share is None:
+            like = self._parameters[bucket.tensors[0]]
+            share = torch.zeros(bucket.shares[self._rank], dtype=like.dtype, device=like.device)
+            self._shares[bucket] = share
         for piece in bucket.pieces(self._rank):
             share[piece.place].copy_(self.by_position[piece.tensor].tensor.reshape(-1))
         return share
@@ -105,5 +114,10 @@ class Slices:
     def adopt(self, bucket: Bucket, weights: Tensor) -> None:
         """Write all ranks' updated weights, [size of the bucket], into the parameters, in place."""
         for position, place in zip(bucket.tensors, bucket.places(), strict=True):
-            parameter = self._parameters[position]
-            parameter.copy_(weights[place].view(parameter.shape))
+            parameter, held = self._parameters[position], self.by_position.get(position)
+            if held is None or not held.in_place:
+                parameter.copy_(weights[place].view(parameter.shape))
+                continue
+            flat, arrived = _flat(parameter), weights[place]  # this rank's own part is there already
+            flat[: held.piece.start].copy_(arrived[: held.piece.start])
+            flat[held.piece.stop :].copy_(arrived[held.piece.stop :])
