@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from ci.bench.harness import BenchError, Process, Results, Variant, arguments, run_once
+from ci.bench.harness import Process, Results, Variant, arguments
 from ci.bench.local import free_ports, local_variants, thread_env
 from ci.bench.turns import take_turns
 
@@ -42,18 +41,6 @@ def strategies(steps: int, threads: int) -> tuple[Variant, ...]:
         # Its processes take each other for dead when they are stopped.
         Variant("ParameterServerStrategy", "peer", 1, tuple(cluster), may_be_stopped=False),
     )
-
-
-def those_that_run(variants: Sequence[Variant], deadline_seconds: float) -> tuple[tuple[Variant, ...], list[str]]:
-    """The variants that train a few steps here, and what each other one said."""
-    found, failures = [], []
-    for variant in variants:
-        try:
-            run_once(variant, deadline_seconds)
-            found.append(variant)
-        except BenchError as error:
-            failures.append(f"Left out, since it does not run here: {error}")
-    return tuple(found), failures
 
 
 def judged(results: Results) -> list[dict[str, object]]:
@@ -85,11 +72,13 @@ def main() -> int:
     options = arguments(__doc__ or "", rounds=6, steps=4, quick=(3, 3)).parse_args()
     ours, note = local_variants(WORKER, RANKS, dict.fromkeys(OURS, "ours"), OURS, options.steps)
     threads = RANKS * int(ours[0].processes[0].env["OMP_NUM_THREADS"])
-    peers, failures = those_that_run(strategies(options.steps, threads), options.deadline)
-    results = take_turns((*ours, *peers), options.rounds, options.steps, options.deadline)
+    failures: list[str] = []
+    variants = (*ours, *strategies(options.steps, threads))
+    results = take_turns(variants, options.rounds, options.steps, options.deadline, failures)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table(results))
-    for line in (note, "CentralStorageStrategy is one process with as many as all ranks of the others.", *failures):
+    failed = [f"Left out, since it does not run here: {said}" for said in failures]
+    for line in (note, "CentralStorageStrategy is one process with as many as all ranks of the others.", *failed):
         console.print(line, highlight=False, markup=False)
     rows = judged(results)
     for row in rows:

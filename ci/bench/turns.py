@@ -21,17 +21,20 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import Progress
 
-from ci.bench.harness import Launch, Results, Variant, end_on_sigterm
+from ci.bench.harness import BenchError, Launch, Results, Variant, end_on_sigterm
 from hvdscale.runtime.process import signal_session
 
 __all__ = ["take_turns"]
 
 
-def take_turns(variants: Sequence[Variant], rounds: int, steps: int, deadline_seconds: float) -> Results:
+def take_turns(
+    variants: Sequence[Variant], rounds: int, steps: int, deadline_seconds: float, failures: list[str] | None = None
+) -> Results:
     """``rounds`` rounds in which each variant trains ``steps`` steps; one sample per round, its slowest rank's median.
 
     Workers time with ``ranks.median_seconds``, once, or with ``ranks.medians_of``: then variants take turns for each
-    metric. ``deadline_seconds`` is for the start, and for each turn.
+    metric. ``deadline_seconds`` is for the start, and for each turn. With ``failures``, a peer that does not start is
+    left out, and what it said is appended there.
 
     Raises:
         BenchError: a process ended before it was told to, or a deadline passed; all are ended by then.
@@ -42,7 +45,12 @@ def take_turns(variants: Sequence[Variant], rounds: int, steps: int, deadline_se
         players = []
         for variant in variants:
             progress.update(bar, description=f"starting {variant.name}")
-            players.append(stack.enter_context(_Player(variant, deadline_seconds)))
+            try:
+                players.append(stack.enter_context(_Player(variant, deadline_seconds)))
+            except BenchError as error:
+                if failures is None or variant.role != "peer":
+                    raise
+                failures.append(str(error))
             progress.advance(bar)
         metrics = list(dict.fromkeys(metric for player in players for metric in player.metrics))
         progress.update(bar, total=len(variants) + rounds * sum(len(player.metrics) for player in players))
@@ -51,7 +59,9 @@ def take_turns(variants: Sequence[Variant], rounds: int, steps: int, deadline_se
                 progress.update(bar, description=f"round {turn + 1} of {rounds}: {player.variant.name} {metric}")
                 player.play(metric, steps)
                 progress.advance(bar)
-        return Results(tuple(variants), {player.variant.name: player.end() for player in players})
+        return Results(
+            tuple(player.variant for player in players), {player.variant.name: player.end() for player in players}
+        )
 
 
 class _Player:

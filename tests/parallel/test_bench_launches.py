@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,20 @@ def test_a_variant_that_cannot_take_its_turn_is_an_error(
     file = tmp_path / "steps"
     with pytest.raises(BenchError, match=says):
         take_turns([stepping("a", file, step.replace("FILE", repr(str(file))), weights)], 3, 2, 30)
+
+
+def test_a_peer_that_does_not_start_is_told_about_and_left_out() -> None:
+    failures: list[str] = []
+    peer = Variant("theirs", "peer", 1, (python("raise SystemExit('no such strategy')"),))
+    with pytest.raises(BenchError, match="no such strategy"):
+        take_turns([peer], 1, 1, 30)
+    results = take_turns([peer], 1, 1, 30, failures)
+    assert (results.variants, dict(results.samples)) == ((), {})
+    assert len(failures) == 1
+    assert "theirs ended before its first turn" in failures[0]
+    assert "no such strategy" in failures[0]
+    with pytest.raises(BenchError, match="no such strategy"):  # one of ours must start
+        take_turns([replace(peer, role="ours")], 1, 1, 30, failures)
 
 
 def test_every_way_of_the_pipeline_bench_is_timed_for_what_it_is_asked() -> None:
