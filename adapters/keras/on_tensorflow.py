@@ -102,8 +102,12 @@ def compiled_by_xla() -> bool:
 
 
 def apart_from_compilers(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` unchanged: XLA is refused when it is traced."""
-    return function
+    """``function`` and all it calls as they are, in a ``tf.function`` too; XLA is refused when it is traced.
+
+    AutoGraph would rewrite everything that a step first sets up, for most of a minute, down to what it cannot rewrite.
+    """
+    kept: Callable[..., Any] = tf.autograph.experimental.do_not_convert(function)
+    return kept
 
 
 def tensor(value: Any) -> Any:

@@ -69,6 +69,26 @@ def test_training_eagerly(driver: Driver) -> None:
     np.testing.assert_allclose(w, [1.0 - mean_of_ranks()])
 
 
+def test_autograph_leaves_what_a_step_sets_up_alone(driver: Driver) -> None:
+    seen = []
+
+    class Watching(keras.optimizers.SGD):
+        def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+            seen.append(tf.__internal__.autograph.control_status_ctx().status.name)
+            super().update_step(gradient, variable, learning_rate)
+
+    weight = keras.Variable([1.0, 1.0])
+    optimizer = hvd.DistributedOptimizer(Watching(0.5))
+
+    @tf.function
+    def step() -> None:
+        optimizer.apply([tf.constant([1.0, 1.0]) * (hvd.rank() + 1.0)], [weight])
+
+    step()
+    assert set(seen) == {"DISABLED"}  # else it rewrites this package, for most of a minute
+    np.testing.assert_allclose(weight.numpy(), 1 - 0.5 * mean_of_ranks())
+
+
 def test_a_keras_optimizer_applies_the_mean_of_ranks(driver: Driver) -> None:
     w = keras.Variable([1.0])
     optimizer = keras.optimizers.SGD(1.0)
