@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hvdscale.data.balanced_past import FORMAT, own_states
 from hvdscale.data.balancing import LONGEST, balance
 from hvdscale.data.batch import Batch
 from hvdscale.data.certificate import add_sums, sum_of
-from hvdscale.data.checks import differ, instance, integer, states_of_all
+from hvdscale.data.checks import instance, integer
 from hvdscale.data.delivery import Delivery
 from hvdscale.data.lengths import check_lengths
 from hvdscale.data.plan import ShardPlan
@@ -24,8 +25,6 @@ from hvdscale.data.types import Int64s, Keys
 from hvdscale.errors import PlanError, StateError
 
 __all__ = ["BalancedPlan", "BalancedReader"]
-
-_FORMAT = "balanced-v1"
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,10 @@ class BalancedPlan:
     gives it its part; nothing is sent. So every epoch is as exact as the plan's, and steps hold the same samples.
     A shard gets other samples than its own: with policy ``"hash"`` equal keys then meet on no certain rank.
 
-    Ranks get different numbers of samples (``batch.count``); average by samples or tokens. Where a last global
-    batch has fewer samples than there are ranks, some ranks get an empty batch, and their loaders one batch less.
-    With tail ``"pad"`` these get one sample that is not valid, and all ranks as many batches.
+    Ranks get different numbers of samples (``batch.count``); average by samples or tokens. Where the last global
+    batches have fewer samples than there are ranks, the last ranks get empty batches, and their loaders fewer: one
+    fewer at most, unless shards of policy ``"hash"`` differ by more than a batch. With tail ``"pad"`` these get one
+    sample that is not valid, and all ranks as many batches.
 
     Args:
         plan: the plan, with one shard per rank.
@@ -57,6 +57,11 @@ class BalancedPlan:
 
     def __post_init__(self) -> None:
         instance("plan", self.plan, ShardPlan)
+        if self.plan.weights is not None:
+            raise PlanError(
+                f"BalancedPlan gives every rank equal work; the weights {self.plan.weights!s:.80} of its plan ask for "
+                "unequal work. Leave weights out."
+            )
         lengths = check_lengths(self.lengths, LONGEST)
         if len(lengths) != self.plan.n:
             raise PlanError(f"Each sample has one length; there are {self.plan.n} samples and {len(lengths)} lengths.")
@@ -102,25 +107,13 @@ class BalancedPlan:
         """This plan for what is left, from the ``state_dict`` of every reader of the interrupted run.
 
         A step's samples lie across all ranks, so a step is delivered by all of them or by none: save states at the
-        same step everywhere. ``shards``, ``keys`` and ``weights`` are as in ``ShardPlan.resume``.
+        same step everywhere. ``shards`` and ``keys`` are as in ``ShardPlan.resume``; weights are refused.
 
         Raises:
             StateError: as ``ShardPlan.resume``; states of different steps, or not of a balanced reader.
             PlanError: shards, keys or weights that cannot be.
         """
-        states = states_of_all(states)
-        for i, state in enumerate(states):
-            if not isinstance(state, Mapping) or state.get("format") != _FORMAT:
-                raise StateError(f"State {i} is not that of a balanced reader ({_FORMAT}): {state!r:.200}.")
-        at = [state.get("steps") for state in states]
-        if not isinstance(at[0], int):
-            raise StateError(f"A balanced state counts its steps; this one is damaged: {states[0]!r:.200}.")
-        if any(differ(steps, at[0]) for steps in at):
-            raise StateError(
-                f"A balanced step is delivered by all ranks or by none; these delivered {at} steps. "
-                "Resume from states saved at the same step."
-            )
-        own = [state.get("own") for state in states]
+        own = own_states(self, states)
         plan = ShardPlan.resume(own, shards, keys=keys, weights=weights)
         within = {(state["epoch"], state["step"]) for state in own if state["step"]}
         if len(within) > 1:
@@ -144,7 +137,6 @@ class BalancedReader(Delivery):
         self.plan, self.shard = plan, shard
         self._readers = [plan.plan.reader(each, batch_size, epoch) for each in range(plan.shards)]
         super().__init__(min(reader.epoch for reader in self._readers))
-        self._delivered = 0
         self._drawn: deque[tuple[Batch, _Step]] = deque()
 
     def ahead(self, epochs: int | None = None) -> Iterator[Batch]:
@@ -203,7 +195,8 @@ class BalancedReader(Delivery):
 
     def state_dict(self) -> dict[str, Any]:
         """How far all ranks have delivered, as JSON. ``BalancedPlan.resume`` takes those of all ranks."""
-        return {"format": _FORMAT, "steps": self._delivered, "own": self._readers[self.shard].state_dict()}
+        own = self._readers[self.shard].state_dict()
+        return {"format": FORMAT, "epoch": self._epoch, "step": self._step, "own": own}
 
     def _count(self, batch: Batch) -> None:
         if not self._drawn or self._drawn[0][0] is not batch:
@@ -218,7 +211,6 @@ class BalancedReader(Delivery):
         for shard, part in step.parts.items():
             self._readers[shard].deliver(part)
         self._sums[batch.epoch] = add_sums([self._sums.get(batch.epoch, 0), sum_of(batch.indices[: batch.count])])
-        self._delivered += 1
         self._epoch, self._step = (batch.epoch + 1, 0) if batch.last else (batch.epoch, batch.step + 1)
         self._forget()
 

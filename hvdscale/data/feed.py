@@ -58,7 +58,7 @@ class Feed:
         self.plan = plan
         self.reader = plan.reader(shard, batch_size, epoch)
         self.batch: Batch | None = None
-        """The batch delivered last."""
+        """The last batch delivered that has samples: what a loader handed out."""
         self._epoch = plan.first_epoch if epoch is None else epoch
         self._drawn: deque[Batch] = deque()
 
@@ -90,9 +90,11 @@ class Feed:
         """
         if not self._drawn:
             raise PlanError(f"A batch is delivered after it is drawn; none is waiting in epoch {self._epoch}.")
-        self.batch = self._drawn.popleft()
-        self.reader.deliver(self.batch)
-        return self.batch
+        batch = self._drawn.popleft()
+        self.reader.deliver(batch)
+        if len(batch):
+            self.batch = batch
+        return batch
 
     def finish(self) -> None:
         """End this pass, once its batches are delivered; the next is over the next epoch.

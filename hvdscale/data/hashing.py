@@ -65,7 +65,10 @@ def key_vector(keys: object) -> Keys:
     """
     vector: Any = numbers("Keys", keys) if isinstance(keys, range) else keys
     if not isinstance(keys, list | tuple | np.ndarray) and hasattr(keys, "__array__"):
-        vector = np.asarray(keys)
+        try:
+            vector = np.asarray(keys)
+        except (TypeError, ValueError, RuntimeError) as error:  # bfloat16, or a tensor that records gradients
+            raise PlanError(f"These keys, a {type(keys).__name__}, do not become a NumPy array: {error}") from None
     if isinstance(vector, np.ndarray):
         given = array("Keys", vector)
         if given.ndim != 1:

@@ -85,6 +85,8 @@ class ShardPlan:
         weights = weights_for(shards, self.weights)
         unique, even = flag("unique_keys", self.unique_keys), flag("even", self.even)
         keys = self._hashed_keys(n, seed, unique)
+        if unique and keys is None:
+            raise PlanError('unique_keys is for policy "hash" with keys; there are none. Leave it out.')
         if even and keys is None:
             raise PlanError('even is for policy "hash" with keys; "random" and "ordered" are even by themselves.')
         checked: dict[str, object] = {"n": n, "shards": shards, "seed": seed, "weights": weights, "keys": keys}

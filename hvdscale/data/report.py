@@ -98,7 +98,7 @@ class Move:
     ideal: float
 
     def __str__(self) -> str:
-        return f"{self.fraction:.2%} of the samples move; the least possible is {self.ideal:.2%}"
+        return f"{self.fraction:.2%} of the samples move; between shards of exact size at least {self.ideal:.2%}"
 
 
 def ideal_move(before: tuple[int, tuple[float, ...] | None], after: tuple[int, tuple[float, ...] | None]) -> float:

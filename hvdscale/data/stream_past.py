@@ -60,22 +60,26 @@ def merge_states(states: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) 
     states = states_of_all(states)
     for i, state in enumerate(states):
         _check_state(i, state, facts)
-    first = _run_of(states[0])
-    for i, state in enumerate(states):
+    latest = max(state["epoch"] for state in states)
+    at = [_begun(state) if state["finished"] and state["epoch"] == latest - 1 else state for state in states]
+    first = _run_of(at[0])
+    for i, state in enumerate(at):
         if _run_of(state) != first:
-            raise StateError(f"States are of one run and epoch; state 0 is of {first}, state {i} of {_run_of(state)}.")
-    shards = states[0]["shards"]
-    got = sorted(state["shard"] for state in states)
+            raise StateError(
+                f"States are of one run and one pass, or of its end; state 0 is of {first}, state {i} of "
+                f"{_run_of(state)}. Save states when no rank has begun the next pass before another ended this one."
+            )
+    shards = at[0]["shards"]
+    got = sorted(state["shard"] for state in at)
     if len(got) != shards or got != list(range(shards)):
         raise StateError(f"Each of the {shards} shards of the run has one state; these are of shards {got!s:.80}.")
-    if all(state["finished"] for state in states):
-        return states[0]["epoch"] + 1, ()
-    reached = {state["shard"]: state["reached"] for state in states}
-    marks = {state["shard"]: state.get("key") for state in states}
-    last = Run(*(tuple(of[shard] for shard in range(shards)) for of in (reached, marks)))
+    if all(state["finished"] for state in at):
+        return at[0]["epoch"] + 1, ()
+    in_order = sorted(at, key=lambda state: int(state["shard"]))
+    last = Run(tuple(state["reached"] for state in in_order), tuple(state.get("key") for state in in_order))
     # What an earlier run delivered beyond all that this one has: only that must still be known.
-    earlier = [Run(tuple(run)) for run in states[0]["past"]]
-    return states[0]["epoch"], (*(run for run in earlier if max(run.reached) > min(last.reached)), last)
+    earlier = [Run(tuple(run)) for run in at[0]["past"]]
+    return at[0]["epoch"], (*(run for run in earlier if max(run.reached) > min(last.reached)), last)
 
 
 def read_state(state: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[int, Run]:
@@ -102,6 +106,12 @@ def _check_state(i: int, state: object, facts: Mapping[str, Any]) -> None:
     whole = whole and isinstance(mark, str | None) and state["reached"] <= _MOST
     if not whole or not (isinstance(past, list) and all(map(_is_run, past))):
         raise StateError(f"State {i} is damaged: {numbers}, finished {finished!r}, key {mark!r:.80}, past {past!r}.")
+
+
+def _begun(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The end of a pass as the start of the next one."""
+    start = {"finished": False, "past": [], "batches": 0, "reached": 0, "key": None}
+    return {**state, "epoch": state["epoch"] + 1, **start}
 
 
 def _run_of(state: Mapping[str, Any]) -> dict[str, Any]:

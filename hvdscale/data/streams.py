@@ -81,7 +81,7 @@ class ShardStream:
         """What this stream promises, and what no sharding of it can."""
         always = (
             "Promised: while every rank reads the same records, each goes to exactly one shard, also over a stop and "
-            "a restart with another number of shards.\n"
+            "a restart with another number of shards, where no rank had begun a pass before all ended the one before.\n"
             "Not promised: an exact partition of a stream that differs between ranks or between readings; equal "
             "numbers of batches, for the end is not known before it comes."
         )
@@ -152,7 +152,7 @@ class ShardStream:
 
         Args:
             states: ``state_dict()`` of the reader of every shard of the stopped run, in any order. Shards may have
-                got differently far in one epoch.
+                got differently far in one epoch; some may be in the next one where all others have ended theirs.
             shards: the new number of shards.
 
         Raises:

@@ -163,10 +163,19 @@ def test_splits_and_even_shards_are_the_same_on_all_ranks(driver: ContractDriver
     assert sum(map(len, of_ranks)) == len(set(documents)), "equal keys share a rank"
 
 
-def test_an_epoch_that_is_not_over_is_not_verified(hvd: Any, size: int) -> None:
+def test_an_epoch_that_is_not_over_is_not_verified(hvd: Any, rank: int, size: int) -> None:
     loader = hvd.shard_dataset(np.arange(N), hvd.ShardPlan(N, size), 4)
-    with pytest.raises(PlanError, match="epoch must be an integer from 0; it is -1"):
+    with pytest.raises(PlanError, match="An epoch is verified when it is over; none is yet"):
         hvd.verify_epoch(loader)
+    if size > 1:
+        if rank == 0:
+            read_epoch(loader)
+        with pytest.raises(StateError, match=f"here it is {'none yet' if rank else 0}, on another rank it is not"):
+            hvd.verify_epoch(loader)
+        with pytest.raises(
+            PlanError if rank else StateError, match="it is -2" if rank else f"{size - 1} of {size} ranks"
+        ):
+            hvd.verify_epoch(loader, -2 if rank else 0)
     with pytest.raises(StateError, match="Epoch 0 was not read exactly once"):
         hvd.verify_epoch(loader, 0)
     with pytest.raises(PlanError, match="this is a list"):

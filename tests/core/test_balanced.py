@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvdscale.data import BalancedPlan, Feed, ShardPlan, rank_costs
+from hvdscale.data import BalancedPlan, Feed, Passes, ShardPlan, rank_costs
 from hvdscale.data.batch import Batch
 from hvdscale.errors import PlanError, StateError
 from tests.core.real_text import document_lengths
@@ -114,6 +114,46 @@ def test_exactly_once_over_stops_with_any_number_of_ranks(
     assert sorted(read) == list(range(n))
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 60),
+    policy=st.sampled_from(POLICIES),
+    ranks=st.integers(1, 6),
+    batch_size=st.integers(1, 4),
+    stop=st.integers(0, 40),
+    shards=st.integers(1, 5),
+)
+def test_ranks_in_step_may_stop_anywhere(
+    n: int, policy: str, ranks: int, batch_size: int, stop: int, shards: int
+) -> None:
+    """As loaders hand out: a pass is over with its last sample, though the others' next step brings nothing here."""
+    plan, read = balanced(n, ranks, policy), []
+    loaders = [(feed, Passes(feed)) for feed in (Feed(plan, rank, batch_size) for rank in range(ranks))]
+    for _, passes in loaders:
+        for turn, batch in passes.draw():
+            if batch.step >= stop:
+                break
+            assert passes.deliver(turn) is batch
+            read += batch.indices.tolist()
+    plan = plan.resume([feed.state_dict() for feed, _ in loaders], shards)
+    if plan.first_epoch == 0:
+        rest = [Feed(plan, shard, 3) for shard in range(shards)]
+        for feed in rest:
+            for batch in feed.batches():
+                feed.deliver()
+                read += batch.indices.tolist()
+        assert sum(feed.reader.certificate(0) for feed in rest) % 2**64 == plan.certificate()
+    assert sorted(read) == list(range(n))
+
+
+def test_a_loader_has_the_batch_it_handed_out() -> None:
+    feed = Feed(balanced(9, 2), 1, 2)
+    passes = Passes(feed)
+    for turn, drawn in passes.draw():
+        assert passes.deliver(turn) is drawn is feed.batch
+    assert feed.reader.epoch == 1, "a last step without a sample is over"
+
+
 def test_a_reader_goes_on_into_the_next_epoch() -> None:
     plan = balanced(50, 3)
     readers = [plan.reader(shard, 4) for shard in range(3)]
@@ -155,16 +195,21 @@ def two_states() -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: [s[0], {**s[1], "steps": 2}], r"these delivered \[1, 2\] steps"),
-        (lambda s: [s[0], {**s[1], "steps": [1]}], r"these delivered \[1, \[1\]\] steps"),
+        (lambda s: [s[0], {**s[1], "step": 2}], "rank 1 is before step 2 of epoch 0, another before step 1"),
+        (
+            lambda s: [s[0], {**s[1], "epoch": 1, "step": 0}],
+            "rank 1 is before step 0 of epoch 1",
+        ),
+        (lambda s: [s[0], {**s[1], "step": [1]}], r"step must be an integer from 0; it is \[1\]"),
+        (lambda s: [s[0], {**s[1], "epoch": 1, "step": 0, "own": {}}], "damaged .'shard'."),
         (lambda s: [s[0], s[1]["own"]], "State 1 is not that of a balanced reader"),
         (lambda s: [s[0], 3], "State 1 is not that of a balanced reader .*: 3"),
-        (lambda s: [s[0], {"format": "balanced-v1", "steps": 1}], "A state is what reader.* this is 'None'"),
+        (lambda s: [s[0], {"format": "balanced-v1", "epoch": 0, "step": 1}], "this one is damaged .'own'."),
         (
             lambda s: [s[0], {**s[1], "own": {**s[1]["own"], "step": 2, "delivered": 8}}],
             r"at .* \[\(0, 1\), \(0, 2\)\]",
         ),
-        (lambda s: [{k: v for k, v in x.items() if k != "steps"} for x in s], "counts its steps; this one is damaged"),
+        (lambda s: [{k: v for k, v in x.items() if k != "step"} for x in s], "counts its steps; this one is damaged"),
         (lambda s: s[:1], "shard"),
         (lambda s: [], "states of all shards, as a list; there are none"),
     ],
@@ -182,6 +227,7 @@ def test_states_that_do_not_fit(change: Any, message: str) -> None:
         (lambda: BalancedPlan(ShardPlan(1, 2), [1.0]), "Lengths are integers"),
         (lambda: BalancedPlan(ShardPlan(1, 2), [1], linear=0.0), "both factors are 0"),
         (lambda: BalancedPlan(ShardPlan(1, 2), [1], quadratic=-1.0), "quadratic must be a finite number from 0"),
+        (lambda: BalancedPlan(ShardPlan(1, 2, weights=[1, 2]), [1]), "gives every rank equal work; the weights"),
         (lambda: BalancedPlan(7, [1]), "plan is a ShardPlan; it is 7"),  # type: ignore[arg-type]
         (lambda: balanced(9, 2, equal_counts="yes"), "equal_counts is True or False; it is 'yes'"),
         (lambda: balanced(9, 2).reader(0, 2).deliver(None), "batch is a Batch; it is None"),

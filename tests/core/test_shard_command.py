@@ -45,7 +45,7 @@ def test_the_report_shows_sizes_bars_and_what_moves(keys_file: str, capsys: pyte
     shown = capsys.readouterr().out
     assert "500 samples over 2 shards (ordered): 250 to 250 each" in shown
     assert re.search(r"^ +0 +250 +#{40}$", shown, re.MULTILINE)
-    assert "Resized to 4 shards: 50.00% of the samples move; the least possible is 50.00%" in shown
+    assert "Resized to 4 shards: 50.00% of the samples move; between shards of exact size at least 50.00%" in shown
 
 
 def test_the_report_names_the_key_that_weighs_most(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,6 +59,7 @@ PLANS: list[tuple[Callable[[], Any], str]] = [
     (lambda: ShardPlan(10, 2, resized_from=((0, None),)), r"shards must be an integer in 1\.\.65535; it is 0"),
     (lambda: ShardPlan(10, 2, interrupted=(7,)), "An interrupted epoch is a Interruption; it is 7"),
     (lambda: ShardPlan(10, 2, np.array(["hash", "x"])), "'hash'; it is array"),
+    (lambda: ShardPlan(2, 2, unique_keys=True), 'unique_keys is for policy "hash" with keys; there are none'),
     (lambda: ShardPlan(2, 2, "hash", keys=[1, 1], unique_keys="no"), "unique_keys is True or False; it is 'no'"),
     (lambda: ShardPlan(2, 2, "hash", keys=[1, 1], even=1), "even is True or False; it is 1"),
     (lambda: ShardPlan(2, 2, "hash", even=True), 'even is for policy "hash" with keys'),

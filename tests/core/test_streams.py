@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvdscale.data import ShardPlan, ShardStream
+from hvdscale.data.stream_feed import StreamFeed
 from hvdscale.data.stream_past import Run
 from hvdscale.errors import PlanError, StateError
 
@@ -268,6 +269,24 @@ class TestReaders:
         assert len(list(itertools.chain(*read(resumed, data)))) == 96
         assert sorted(itertools.chain(*read(resumed.next_epoch(), data))) == sorted(data)
 
+    def test_a_rank_may_be_in_the_next_pass_where_all_others_have_ended_theirs(self, policy: str) -> None:
+        of, data = stream(policy, 3), records(100)
+        cursors = [StreamFeed(source(data), of, shard, 4) for shard in range(3)]
+        for cursor in cursors:
+            for _ in cursor.batches():
+                cursor.deliver()
+        cursors[0].finish()
+        next(cursors[0].batches())
+        got = cursors[0].deliver()
+        cursors[1].finish()
+        behind = StreamFeed(source(data), of, 2, 4)
+        with pytest.raises(StateError, match="no rank has begun the next pass before another ended this one"):
+            of.resume([cursor.state_dict() for cursor in (*cursors[:2], behind)], 2)
+        cursors[2].finish()
+        resumed = of.resume([cursor.state_dict() for cursor in cursors], 2)
+        assert resumed.epoch == 1
+        assert sorted([*got, *itertools.chain(*read(resumed, data))]) == sorted(data)
+
     def test_states_say_their_epoch(self, policy: str) -> None:
         of, data = stream(policy, 2, epoch=4), records(100)
         readers = [of.reader(source(data), shard, 4) for shard in range(2)]
@@ -339,7 +358,7 @@ def two_states(policy: str = "ordered", **more: Any) -> list[dict[str, Any]]:
         (lambda s: two_states(seed=1), "its seed is 1, that of this stream 0"),
         (
             lambda s: [s[0], {**s[1], "epoch": 1}],
-            "States are of one run and epoch; state 0 is of .*'epoch': 0.*'epoch': 1",
+            "States are of one run and one pass, or of its end; state 0 is of .*'epoch': 0.*'epoch': 1",
         ),
         (lambda s: [s[0], {**s[1], "finished": None}], "State 1 is damaged: .* finished None"),
         (lambda s: two_states("random"), "its policy is 'random', that of this stream 'ordered'"),
