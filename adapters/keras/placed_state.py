@@ -121,6 +121,8 @@ def common_state(optimizer: Any) -> list[Any]:
     reducer = getattr(inner, "_hvdscale", None)
     if reducer is None or reducer.placed is None:
         return list(optimizer.variables)
-    owned = {id(v) for v in _others(inner, slots_of(inner))}
+    # Not what it keeps for each variable, which may be a number, too: Adafactor's placeholders for vectors.
+    lists = [v for name, v in vars(inner).items() if isinstance(v, list | tuple) and name != "_variables"]
+    of_each = {id(v) for values in lists if len(values) == len(inner._trainable_variables) for v in values}
     outer: Sequence[Any] = () if inner is optimizer else optimizer._variables
-    return [*outer, *(v for v in inner.variables if id(v) in owned and len(v.shape) == 0)]
+    return [*outer, *(v for v in inner.variables if id(v) not in of_each and len(v.shape) == 0)]

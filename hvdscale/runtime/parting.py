@@ -29,6 +29,7 @@ class Serving(Protocol):
     """What a rank does for the others: see ``Service``."""
 
     rank: int
+    ranks: tuple[int, ...]
     idle: bool
 
     @property
@@ -58,6 +59,7 @@ class Parting:
         self._service, self._keep_going, self._patience_seconds = service, keep_going, patience_seconds
         self._survives = keep_going and health.survivable()
         self._stuck_since: float | None = None
+        self._told: set[int] = set()
         self._looked = 0.0
         # Runs before Horovod's own end, whose handler was made earlier.
         atexit.register(self.at_exit)
@@ -96,12 +98,16 @@ class Parting:
         self._service.close()
 
     def watch(self) -> None:
-        """End the job if the script waits in a collective to which a rank will never come. Called now and then."""
+        """Tell who is gone, and end the job if the script waits in a collective to which that rank will never come.
+
+        Called now and then.
+        """
         now = time.monotonic()
         if now - self._looked < _LOOK_SECONDS:
             return
         self._looked = now
         missing = self._service.missing
+        self._tell(missing)
         if not missing or not health.in_a_collective():
             self._stuck_since = None
         elif self._stuck_since is None:
@@ -114,3 +120,12 @@ class Parting:
             )
             sys.stderr.flush()
             health.abort(1)
+
+    def _tell(self, missing: tuple[int, ...]) -> None:
+        """The first of those who go on says it once for all."""
+        news = {*missing} - self._told
+        self._told |= news
+        if news and self._keep_going and self._service.rank == min({*self._service.ranks} - {*missing}):
+            who = ", ".join(map(str, sorted(news)))
+            sys.stderr.write(f"\n[rank {self._service.rank}] rank {who} is gone; training goes on without it.\n")
+            sys.stderr.flush()

@@ -53,7 +53,7 @@ class Service:
 
     def __init__(self, post: Post, keep_going: bool, needed: Sequence[int], patience_seconds: float) -> None:
         self.cpu_seconds = 0.0  # of the thread
-        self.rank = post.ranks[post.rank]
+        self.rank, self.ranks = post.ranks[post.rank], post.ranks
         self.idle = True  # nothing is left to do: this rank may leave
         self._post = post
         self._keep_going, self._needed = keep_going, set(needed)

@@ -177,6 +177,13 @@ class ByNorm(keras.optimizers.SGD):
         super().update_step(gradient / keras.ops.norm(gradient), variable, learning_rate)
 
 
+@pytest.mark.parametrize("make", [keras.optimizers.Adafactor, keras.optimizers.Lamb])
+def test_a_central_update_takes_what_looks_at_whole_tensors(driver: ContractDriver, rank: int, make: Make) -> None:
+    local, central = (_end(driver, lambda: make(0.01), update) for update in ("local", "central"))
+    assert_close(weights_of(central), weights_of(local), 1e-6)
+    assert_equal_everywhere(central.variables)
+
+
 def test_optimizers_that_cannot_be_placed_are_named(driver: ContractDriver, rank: int, size: int) -> None:
     hvd = driver.hvd
     optimizers = keras.optimizers

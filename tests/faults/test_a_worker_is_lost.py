@@ -106,6 +106,7 @@ def test_with_continue_the_others_go_on(body: str, capsys: pytest.CaptureFixture
     assert sorted(rank for rank, _ in ends) == ["0", "1"], finished.output
     assert len({weights for _, weights in ends}) == 1
     assert finished.output.count("[rank 2] left the job, which goes on") == 1, finished.output
+    assert len(re.findall(r"\[rank 0\] rank (?:3|2, 3) is gone; training goes on without it", finished.output)) == 1
     assert finished.output.count("ValueError: broken on purpose") == 1
 
 
