@@ -8,14 +8,11 @@ printed.
 
 from __future__ import annotations
 
-import json
 import sys
-
-from rich.console import Console
-from rich.table import Table
 
 from ci.bench.harness import Process, Results, Variant, arguments
 from ci.bench.local import free_ports, local_variants, thread_env
+from ci.bench.placements import Judged, conclude, speed_over, steps_table
 from ci.bench.turns import take_turns
 
 RANKS = 2
@@ -43,29 +40,9 @@ def strategies(steps: int, threads: int) -> tuple[Variant, ...]:
     )
 
 
-def judged(results: Results) -> list[dict[str, object]]:
-    ours, names = OURS["central"], {variant.name for variant in results.variants}
-    ratios = {peer: results.ratio("step", of=peer, to=ours) for peer in FASTER if peer in names}
-    return [
-        {"target": f"speed over {peer}", "reached": ratio, "bound": FASTER[peer], "met": ratio >= FASTER[peer]}
-        for peer, ratio in ratios.items()
-    ]
-
-
-def table(results: Results) -> Table:
-    drawn = Table(title="GPT training step in TensorFlow, AdamW, both batches of 2 ranks on one host")
-    drawn.add_column("update")
-    for name in ("step", "min .. max", "time / central"):
-        drawn.add_column(name, justify="right")
-    for variant in results.variants:
-        steps = results.samples[variant.name]["step"]
-        drawn.add_row(
-            variant.name,
-            f"{results.median(variant.name, 'step') * 1e3:.1f} ms",
-            f"{min(steps) * 1e3:.1f} .. {max(steps) * 1e3:.1f}",
-            f"{results.ratio('step', of=variant.name, to=OURS['central']):.2f}",
-        )
-    return drawn
+def judged(results: Results) -> list[Judged]:
+    names = {variant.name for variant in results.variants}
+    return [speed_over(results, peer, OURS["central"], bound) for peer, bound in FASTER.items() if peer in names]
 
 
 def main() -> int:
@@ -75,19 +52,10 @@ def main() -> int:
     failures: list[str] = []
     variants = (*ours, *strategies(options.steps, threads))
     results = take_turns(variants, options.rounds, options.steps, options.deadline, failures)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table(results))
-    failed = [f"Left out, since it does not run here: {said}" for said in failures]
-    for line in (note, "CentralStorageStrategy is one process with as many as all ranks of the others.", *failed):
-        console.print(line, highlight=False, markup=False)
-    rows = judged(results)
-    for row in rows:
-        verdict = "met" if row["met"] else "[bold red]missed[/]"
-        console.print(f"{row['target']}: {row['reached']:.3f}, target {row['bound']:.3f}: {verdict}", highlight=False)
-    if options.json:
-        left = {"samples": results.samples, "targets": rows, "failures": failures}
-        options.json.write_text(json.dumps(left, indent=2) + "\n")
-    return int(options.strict and (bool(failures) or not all(row["met"] for row in rows)))
+    title = "GPT training step in TensorFlow, AdamW, both batches of 2 ranks on one host"
+    table = steps_table(title, results, ("central", OURS["central"]))
+    notes = [note, "CentralStorageStrategy is one process with as many as all ranks of the others."]
+    return conclude(table, notes, judged(results), results, options, failures)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,9 @@ python -m ci.bench.update_placement [--quick] [--json FILE]
 
 from __future__ import annotations
 
-import json
-import sys
-
-from rich.console import Console
-from rich.table import Table
-
 from ci.bench.harness import Results, arguments
 from ci.bench.local import local_variants
+from ci.bench.placements import Judged, conclude, speed_over, steps_table
 from ci.bench.turns import take_turns
 
 RANKS = 2
@@ -27,56 +22,23 @@ NAMES = {
 }
 # Its time over that of "sharded" must be at least this.
 FASTER = {"zero": 1.0, "fsdp": 1.0}
-SHARE = 1.05 / RANKS
+SHARE, SHARES = 1.05 / RANKS, "largest share of the state on a rank"
 
 
-def judged(results: Results) -> list[dict[str, object]]:
+def judged(results: Results) -> list[Judged]:
     ours = NAMES["sharded"]
-    rows: list[dict[str, object]] = [
-        {
-            "target": f"speed over {NAMES[peer]}",
-            "reached": results.ratio("step", of=NAMES[peer], to=ours),
-            "bound": bound,
-            "met": results.ratio("step", of=NAMES[peer], to=ours) >= bound,
-        }
-        for peer, bound in FASTER.items()
-    ]
     share = results.median(ours, "share")
-    target = "largest share of the state on a rank"
-    return [*rows, {"target": target, "reached": share, "bound": SHARE, "met": share <= SHARE}]
-
-
-def table(results: Results) -> Table:
-    drawn = Table(title="GPT training step in torch, AdamW, 2 ranks on one host")
-    drawn.add_column("update")
-    for name in ("step", "min .. max", "time / local", "largest share of the state on a rank"):
-        drawn.add_column(name, justify="right")
-    for variant in results.variants:
-        steps = results.samples[variant.name]["step"]
-        drawn.add_row(
-            variant.name,
-            f"{results.median(variant.name, 'step') * 1e3:.1f} ms",
-            f"{min(steps) * 1e3:.1f} .. {max(steps) * 1e3:.1f}",
-            f"{results.ratio('step', of=variant.name, to=NAMES['local']):.2f}",
-            f"{results.median(variant.name, 'share'):.3f}",
-        )
-    return drawn
+    held: Judged = {"target": SHARES, "reached": share, "bound": SHARE, "met": share <= SHARE}
+    return [*(speed_over(results, NAMES[peer], ours, bound) for peer, bound in FASTER.items()), held]
 
 
 def main() -> int:
     options = arguments(__doc__ or "", rounds=6, steps=4, quick=(3, 3)).parse_args()
     variants, note = local_variants("ci.bench.workers.update_placement", RANKS, ROLES, NAMES, options.steps)
     results = take_turns(variants, options.rounds, options.steps, options.deadline)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table(results))
-    console.print(note, highlight=False)
-    rows = judged(results)
-    for row in rows:
-        verdict = "met" if row["met"] else "[bold red]missed[/]"
-        console.print(f"{row['target']}: {row['reached']:.3f}, target {row['bound']:.3f}: {verdict}", highlight=False)
-    if options.json:
-        options.json.write_text(json.dumps({"samples": results.samples, "targets": rows}, indent=2) + "\n")
-    return int(options.strict and not all(row["met"] for row in rows))
+    title = "GPT training step in torch, AdamW, 2 ranks on one host"
+    table = steps_table(title, results, ("local", NAMES["local"]), SHARES)
+    return conclude(table, [note], judged(results), results, options)
 
 
 if __name__ == "__main__":

@@ -50,9 +50,11 @@ def _place(state: Mapping[str, Any]) -> tuple[int, int]:
     return place
 
 
-def _back(plan: BalancedPlan, own: Mapping[str, Any], place: tuple[int, int], here: tuple[int, int]) -> dict[str, Any]:
+def _back(
+    plan: BalancedPlan, own: Mapping[str, Any], place: tuple[int, int], here: tuple[int, int]
+) -> Mapping[str, Any]:
     """``own`` as it was before the step ``here``, if the rank has got nothing since."""
-    (epoch, step), back = here, dict(own)
+    epoch, step = here
     try:
         shard = integer("shard", own["shard"], 0, plan.shards - 1)
         size = integer("batch_size", own["batch_size"], 1)
@@ -66,9 +68,9 @@ def _back(plan: BalancedPlan, own: Mapping[str, Any], place: tuple[int, int], he
         )
     reader = plan.plan.reader(shard, size, epoch)
     if step >= reader.steps(epoch):
-        return back  # its own shard was read to the end by then
+        return own  # its own shard was read to the end by then
     for batch in islice(reader.ahead(1), step):
         reader.deliver(batch)
     then = reader.state_dict()
     sums.pop(str(epoch), None)
-    return {**back, **{name: then[name] for name in ("epoch", "step", "delivered")}, "sums": {**sums, **then["sums"]}}
+    return {**own, **{name: then[name] for name in ("epoch", "step", "delivered")}, "sums": {**sums, **then["sums"]}}

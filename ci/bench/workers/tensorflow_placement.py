@@ -17,7 +17,7 @@ import keras
 import tensorflow as tf
 
 from ci.bench.workers.ranks import digest, leave_result, median_seconds, meet
-from ci.bench.workers.tensorflow_step import Step, batch, gpt, loss_of
+from ci.bench.workers.tensorflow_step import Step, batch, gpt, loss_of, plain_step
 
 WORKERS = 2
 
@@ -26,17 +26,9 @@ def ours(way: str) -> tuple[int, int, keras.Model, Step]:
     import hvdscale.tensorflow as hvd
 
     hvd.init()
-    model, (ids, targets) = gpt(), batch(hvd.rank())
+    model = gpt()
     optimizer = hvd.DistributedOptimizer(keras.optimizers.AdamW(3e-4), model=model, sync=hvd.EveryStep(way))
-
-    @tf.function
-    def step() -> tf.Tensor:
-        with tf.GradientTape() as tape:
-            loss = loss_of(model, ids, targets)
-        optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
-        return loss
-
-    return hvd.rank(), hvd.size(), model, step
+    return hvd.rank(), hvd.size(), model, plain_step(model, optimizer, *batch(hvd.rank()))
 
 
 def central_storage() -> tuple[int, int, keras.Model, Step]:

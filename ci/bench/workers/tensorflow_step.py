@@ -49,9 +49,8 @@ def loss_of(model: keras.Model, ids: tf.Tensor, targets: tf.Tensor) -> tf.Tensor
     )
 
 
-def independent() -> tuple[int, int, keras.Model, Step]:
-    rank, ranks = int(os.environ.get("BENCH_RANK", "0")), int(os.environ.get("BENCH_RANKS", "1"))
-    model, optimizer, (ids, targets) = gpt(), keras.optimizers.AdamW(3e-4), batch(rank)
+def plain_step(model: keras.Model, optimizer: Any, ids: tf.Tensor, targets: tf.Tensor) -> Step:
+    """A step as a script writes it; what ``optimizer`` does with the gradients is its own business."""
 
     @tf.function
     def step() -> tf.Tensor:
@@ -60,8 +59,14 @@ def independent() -> tuple[int, int, keras.Model, Step]:
         optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
         return loss
 
+    return step
+
+
+def independent() -> tuple[int, int, keras.Model, Step]:
+    rank, ranks = int(os.environ.get("BENCH_RANK", "0")), int(os.environ.get("BENCH_RANKS", "1"))
+    model, optimizer = gpt(), keras.optimizers.AdamW(3e-4)
     optimizer.build(model.trainable_variables)
-    return rank, ranks, model, step
+    return rank, ranks, model, plain_step(model, optimizer, *batch(rank))
 
 
 def strategy() -> tuple[int, int, keras.Model, Step]:
