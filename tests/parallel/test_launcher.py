@@ -46,7 +46,7 @@ def wait_for(reached: Callable[[], bool], seconds: float) -> None:
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_deadline_ends_every_rank(launcher: str, tmp_path: Path) -> None:
     mark = tmp_path / uuid.uuid4().hex
-    for deadline_seconds in (6, 30, 120):  # a busy machine may not have started a rank in the first
+    for deadline_seconds in (6, 12, 60):  # a busy machine may not have started a rank in the first
         finished = launch(["-c", RANK, str(mark)], launcher=launcher, deadline_seconds=deadline_seconds)
         assert finished.returncode is None, finished.output
         if mark.exists():
@@ -56,13 +56,15 @@ def test_a_deadline_ends_every_rank(launcher: str, tmp_path: Path) -> None:
     assert alive(mark.name) == []
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_test_run_that_is_terminated_ends_every_rank(launcher: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "lanes"), [*((launcher, 0) for launcher in LAUNCHERS), ("mpirun", 2)], ids=lambda value: str(value)
+)
+def test_a_test_run_that_is_terminated_ends_every_rank(launcher: str, lanes: int, tmp_path: Path) -> None:
     mark = tmp_path / uuid.uuid4().hex
     test = tmp_path / "test_waits.py"
     test.write_text(TEST.format(rank=RANK, mark=str(mark), launcher=launcher))
     run = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider", str(test)],
+        [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider", f"-n{lanes}", str(test)],
         cwd=REPOSITORY,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
