@@ -6,7 +6,7 @@ the rules change their class, and their variables keep a part of their values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -39,7 +39,7 @@ from hvdscale.model.ways import share_line
 from hvdscale.runtime.agreement import Fingerprint, agree
 from hvdscale.runtime.team import Team
 
-__all__ = ["FeatureSharded", "shard_features"]
+__all__ = ["FeatureSharded", "convert_layers", "placements_of", "shard_features", "splits_of", "take_parts"]
 
 Loss = Callable[[Any, Any], Any]
 
@@ -101,32 +101,41 @@ def shard_features(model: Any, mesh: Mesh, rules: Rules, loss: Loss | None) -> F
     install_hooks()
     team = verbs.tensor_team(mesh)
     parts = find_parts(model, check_rules(rules))
-    every = named_layers(model)
-    cuts = _cuts(every, parts)
-    weights = list(model.weights)
-    names = unique_names(weights)
-    placements = tuple(
-        Placement(n, tuple(v.shape), str(v.dtype), split=cuts.get(id(v))) for n, v in zip(names, weights, strict=True)
-    )
+    weights, splits = list(model.weights), splits_of(model, parts)
+    placements = placements_of(model, splits)
     layout = Layout(mesh, placements)
     tensors = [(str(i), p.shape, f"{p.dtype} {p.split}") for i, p in enumerate(placements)]
     agree(Fingerprint.of(tensors, {"mesh": mesh, "sharded": "by features"}), verbs.control(), "the model to be sharded")
-    _take_parts(weights, cuts, team, verbs.team_along(mesh, "dp", "pp", "tp"))
-    _same_seeds(every, verbs.team_along(mesh, "pp", "tp"))
-    for name, part in parts.items():
-        _convert(every[name], part, team, layout, every)
-    verbs.track_parts([model, *model._flatten_layers(include_self=False)])
+    take_parts(weights, splits, team, verbs.team_along(mesh, "dp", "pp", "tp"))
+    _same_seeds(named_layers(model), verbs.team_along(mesh, "pp", "tp"))
+    every = [model, *model._flatten_layers(include_self=False)]
+    convert_layers(model, parts, team, layout, every)
+    verbs.track_parts(every)
     object.__setattr__(model, "_hvdscale_sharded", True)  # XLA is off: it has no kernels for what layers exchange
     _watch_inputs(model, team)
     return FeatureSharded(mesh, layout, model, parts, loss)
 
 
-def _cuts(every: Mapping[str, Any], parts: Mapping[str, Part]) -> dict[int, Split]:
-    """How each variable is divided, by its ``id``."""
-    cuts: dict[int, Split] = {}
+def placements_of(model: Any, splits: Mapping[int, Split]) -> tuple[Placement, ...]:
+    """Of every variable that is saved, on one stage."""
+    weights = list(model.weights)
+    return tuple(
+        Placement(name, tuple(v.shape), str(v.dtype), split=splits.get(id(v)))
+        for name, v in zip(unique_names(weights), weights, strict=True)
+    )
 
-    def cut(name: str, variable: Any, split: Split) -> None:
-        if cuts.setdefault(id(variable), split) != split:
+
+def splits_of(model: Any, parts: Mapping[str, Part]) -> dict[int, Split]:
+    """How each variable of ``model`` is divided, by its ``id``.
+
+    Raises:
+        PlanError: two layers share a variable, and split it in two ways.
+    """
+    every = named_layers(model)
+    splits: dict[int, Split] = {}
+
+    def divide(name: str, variable: Any, split: Split) -> None:
+        if splits.setdefault(id(variable), split) != split:
             raise PlanError(f"{name} shares {variable.path} with a layer that splits it another way. Choose one way.")
 
     for name, part in parts.items():
@@ -134,11 +143,11 @@ def _cuts(every: Mapping[str, Any], parts: Mapping[str, Part]) -> dict[int, Spli
         if part.role == "heads":
             for inner, role in _inner(layer):
                 for attribute, split in einsum_splits(name, inner, role):
-                    cut(name, getattr(inner, attribute), split)
+                    divide(name, getattr(inner, attribute), split)
         elif part.role != "dropout":
             for attribute, split in part.splits:
-                cut(name, getattr(layer, attribute), split)
-    return cuts
+                divide(name, getattr(layer, attribute), split)
+    return splits
 
 
 def _inner(attention: Any) -> list[tuple[Any, str]]:
@@ -148,19 +157,19 @@ def _inner(attention: Any) -> list[tuple[Any, str]]:
     return [*((layer, "column") for layer in inputs), (attention._output_dense, "row")]
 
 
-def _take_parts(weights: list[Any], cuts: Mapping[int, Split], team: Team, everyone: Team) -> None:
-    """One variable after the other becomes that of the first rank, and then this rank's part of it.
+def take_parts(variables: Sequence[Any], splits: Mapping[int, Split], team: Team, everyone: Team) -> None:
+    """One variable after the other becomes that of the first rank of ``everyone``, and then this rank's part of it.
 
     Those that have no values yet (made under ``keras.StatelessScope(initialize_variables=False)``) get them here, so
     that no rank ever holds the whole model.
     """
     with verbs.eager():
-        for variable in weights:
+        for variable in variables:
             give_value(variable)
             whole = np.ascontiguousarray(ops.convert_to_numpy(variable))
             first = everyone.first(whole.reshape(-1).view(np.uint8)).view(whole.dtype).reshape(whole.shape)
-            if id(variable) in cuts:
-                keep_part(variable, first, cuts[id(variable)], team)
+            if id(variable) in splits:
+                keep_part(variable, first, splits[id(variable)], team)
             else:
                 variable.assign(first)
 
@@ -175,30 +184,37 @@ def _same_seeds(every: Mapping[str, Any], copy: Team) -> None:
                 generator.state.assign(copy.first(state))
 
 
-def _convert(layer: Any, part: Part, team: Team, layout: Layout, every: Mapping[str, Any]) -> None:
-    kernel = part.splits[0][1] if part.splits else Split(0)
-    if part.role == "vocab" and isinstance(layer, layers.Embedding):
-        parallel_class(layer, VocabParallelEmbedding, team, sizes_of(kernel, layer.input_dim, team.size))
-    elif part.role == "heads":
-        heads = sizes_of(Split(0), layer._num_heads, team.size)
-        parallel_class(layer, HeadParallelAttention, team, heads)
-        parallel_class(layer._output_dense, RowParallelEinsumDense, team, heads)
-        if layer._dropout:
-            parallel_class(layer._dropout_layer, TeamDropout, team, heads, dim=1)
-    elif part.role == "dropout":
-        column = every[part.of]
-        parallel_class(layer, TeamDropout, team, column.sizes, dim=-1)
-    else:
-        name = next(n for n in layout.names if layout[n].split is not None and n.startswith(f"{layer.path}/kernel"))
-        length = layout[name].shape[kernel.axis]
+def convert_layers(model: Any, parts: Mapping[str, Part], team: Team, layout: Layout, here: Sequence[Any]) -> None:
+    """Make those of the layers ``here`` that are split, and whose variables are parts already, parallel ones."""
+    every = named_layers(model)
+    held = {id(layer) for layer in here}
+
+    def sizes(name: str) -> tuple[int, ...]:
+        """Of a dense layer, which may lie elsewhere: how much of its kernel each rank of the team has."""
+        kernel, start = parts[name].splits[0][1], f"{every[name].path}/kernel"
+        whole = next(layout[n].shape for n in layout.names if layout[n].split is not None and n.startswith(start))
+        return sizes_of(kernel, whole[kernel.axis], team.size)
+
+    for name, part in parts.items():
+        layer = every[name]
+        if id(layer) not in held:
+            continue
         dense = isinstance(layer, layers.Dense)
-        if part.role == "row":
-            cls: type = RowParallelDense if dense else RowParallelEinsumDense
-            parallel_class(layer, cls, team, sizes_of(kernel, length, team.size))
+        if part.role == "vocab" and isinstance(layer, layers.Embedding):
+            parallel_class(layer, VocabParallelEmbedding, team, sizes_of(Split(0), layer.input_dim, team.size))
+        elif part.role == "heads":
+            heads = sizes_of(Split(0), layer._num_heads, team.size)
+            parallel_class(layer, HeadParallelAttention, team, heads)
+            parallel_class(layer._output_dense, RowParallelEinsumDense, team, heads)
+            if layer._dropout:
+                parallel_class(layer._dropout_layer, TeamDropout, team, heads, dim=1)
+        elif part.role == "dropout":
+            parallel_class(layer, TeamDropout, team, sizes(part.of), dim=-1)
+        elif part.role == "row":
+            parallel_class(layer, RowParallelDense if dense else RowParallelEinsumDense, team, sizes(name))
         else:
             cls = ColumnParallelDense if dense else ColumnParallelEinsumDense
-            sizes = sizes_of(kernel, length, team.size)
-            parallel_class(layer, cls, team, sizes, whole_output=part.whole_output)
+            parallel_class(layer, cls, team, sizes(name), whole_output=part.whole_output)
         if dense:
             layer.input_spec = keras.layers.InputSpec(min_ndim=2)
 

@@ -44,7 +44,8 @@ def shard_model(
     into as many stages as ``mesh.pp`` says, which work on micro-batches in turns. Layers of a list that are not built
     yet get their weights on their own ranks alone. ``by="graph"``: cuts may also fall inside models that are layers of
     the model; one with a ``call`` of its own is captured on symbolic inputs. Each rank keeps the layers of its stages
-    and gives up the memory of the others.
+    and gives up the memory of the others. With ``mesh.tp`` above 1 (by layers), the layers of each stage are split
+    over the tensor ranks, too, as ``rules`` say.
 
     ``by="features"``: layers are split in place over the tensor ranks (``mesh.tp``), which take the same batches;
     the data ranks (``mesh.dp``) take different ones. ``model.compile`` and ``model.fit`` work as before, with
@@ -57,7 +58,7 @@ def shard_model(
         by: ``"layers"``, ``"graph"`` or ``"features"``.
         loss: ``loss(outputs, targets)``, a mean over the batch, for ``train_step`` and ``eval_step``; or a
             ``keras.losses.Loss``, or the name of one.
-        rules: by features: ``"auto"``, or patterns of layer paths and what becomes of the layers: ``"column"``
+        rules: of splitting layers: ``"auto"``, or patterns of layer paths and what becomes of the layers: ``"column"``
             (outputs split; left so where a ``"row"`` layer takes them through elementwise functions alone), ``"row"``
             (inputs split), ``"heads"`` (a ``MultiHeadAttention``), ``"vocab"`` (an embedding's rows; a dense layer's
             outputs, left split for ``parallel_cross_entropy``).
@@ -84,7 +85,7 @@ def shard_model(
             raise PlanError(f"model is a keras.Model; it is a {type(model).__name__}.")
         return shard_features(model, mesh, rules, _of_outputs_first(loss))
     staging = Staging(microbatches, schedule, chunks, recompute, balance, sample, memory_cap, count=count, seed=seed)
-    return shard_stages(model, mesh, by, _of_outputs_first(loss), staging)
+    return shard_stages(model, mesh, by, _of_outputs_first(loss), staging, rules)
 
 
 def _of_outputs_first(loss: Any) -> Any:

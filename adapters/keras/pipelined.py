@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,16 +13,19 @@ from keras import ops, tree
 from hvdscale.errors import HvdscaleError, PlanError
 from hvdscale.keras.backend import NAME, verbs
 from hvdscale.keras.capture import capture, from_layers
+from hvdscale.keras.features import convert_layers, placements_of, splits_of, take_parts
 from hvdscale.keras.held import Held
 from hvdscale.keras.lazy import give_up, give_value
-from hvdscale.keras.program import Program
+from hvdscale.keras.program import Program, Unit
 from hvdscale.keras.replicas import broadcast_variables, path_of
+from hvdscale.keras.roles import Part, find_parts, named_layers
 from hvdscale.keras.sharded import ShardedModel, renumbered, unique_names
 from hvdscale.keras.survey import measure, readings
 from hvdscale.model.batch import cut
-from hvdscale.model.layout import Layout, Placement
+from hvdscale.model.layout import Layout, Split
 from hvdscale.model.mesh import Mesh
 from hvdscale.model.pipeline import Pipeline
+from hvdscale.model.rules import Rules, check_rules
 from hvdscale.model.simulate import Simulation
 from hvdscale.model.staging import Staging, refuse_together
 from hvdscale.model.steps import Steps, share_ties
@@ -50,17 +53,31 @@ class Pipelined(ShardedModel):
     """
 
     def __init__(
-        self, mesh: Mesh, program: Program, pipeline: Pipeline, loss: Loss, staging: Staging, seed: int, note: str
+        self,
+        mesh: Mesh,
+        program: Program,
+        pipeline: Pipeline,
+        loss: Loss,
+        staging: Staging,
+        seed: int,
+        note: str,
+        parts: Mapping[str, Part],
     ) -> None:
         here = verbs.world().rank
         place = mesh.coordinates(here)
         mine = [node for stage in pipeline.stages_of(place.pp) for node in pipeline.part.parts[stage]]
         weights = list(program.model.weights)
-        layout = _layout(mesh, program, pipeline, weights)
+        splits = splits_of(program.model, parts)
+        layout = _layout(mesh, program, pipeline, weights, splits)
         local = {name: v for name, v in zip(layout.names, weights, strict=True) if layout.holds(name, here)}
         self._whole = sum(int(np.prod(v.shape)) for v in weights if v.trainable)
-        held = _held(program, mine, list(local.values()), weights, self)
-        super().__init__(mesh, layout, held, local)
+        units = [program.units[node] for node in mine]
+        _keep(program, units, list(local.values()), weights)
+        if mesh.tp > 1:
+            team = verbs.tensor_team(mesh)
+            take_parts(list(local.values()), splits, team, verbs.team_along(mesh, "dp", "tp"))
+            convert_layers(program.model, parts, team, layout, [layer for unit in units for layer in unit.layers])
+        super().__init__(mesh, layout, _held(units, list(local.values()), self), local)
         self.pipeline, self.loss, self._note = pipeline, getattr(loss, "given", loss), note
         post, transport = verbs.connect(mesh, verbs.open_post, verbs.control)
         keys = dict(zip(_keys(weights), weights, strict=True))
@@ -72,7 +89,9 @@ class Pipelined(ShardedModel):
         values = [v.value for v in self.trainable_variables]
         shared = [None if v is None else v.value for v in tied]
         self._stages = verbs.Stages(program, pipeline, loss, staging.count, values, shared)
-        self._steps = Steps(pipeline, post, transport, self._stages, verbs.NESTS, staging.count, (seed, place.dp))
+        self._steps = Steps(
+            pipeline, post, transport, self._stages, verbs.NESTS, staging.count, (seed, place.dp), abreast=mesh.tp
+        )
         broadcast_variables(list(local.values()), mesh.rank(0, place.pp, place.tp), self.data_ranks)
 
     def train_step(self, x: Any = None, y: Any = None, *, loss_scale: float = 1.0) -> tuple[Any, list[Any]]:
@@ -115,12 +134,17 @@ class Pipelined(ShardedModel):
 
     def describe(self) -> str:
         whole, held = self.count()
-        lines = [self.pipeline.describe(), share_line(held, whole, self.rank)]
+        share = share_line(held, whole, self.rank) + (f", with tp={self.mesh.tp}" if self.mesh.tp > 1 else "")
+        lines = [self.pipeline.describe(), share]
         return "\n".join([*lines, *([self._note] if self._note else [])])
 
 
-def shard_stages(model: Any, mesh: Mesh, by: str, loss: Loss | None, staging: Staging) -> Pipelined:
-    """Cut ``model`` into the stages of a pipeline. Collective. See ``shard_model``.
+def shard_stages(
+    model: Any, mesh: Mesh, by: str, loss: Loss | None, staging: Staging, rules: Rules = "auto"
+) -> Pipelined:
+    """Cut ``model`` into the stages of a pipeline, and their layers over the tensor ranks. Collective.
+
+    See ``shard_model``.
 
     Raises:
         PlanError: a model, a mesh or a way to cut it that cannot be; on every rank.
@@ -131,10 +155,14 @@ def shard_stages(model: Any, mesh: Mesh, by: str, loss: Loss | None, staging: St
     if staging.schedule == "zb":  # Keras computes the gradients of a layer's inputs and weights together
         note = f'"zb" runs as "1f1b": Keras on {NAME} has no backward pass in two halves'
         staging = replace(staging, schedule="1f1b")
+    parts: dict[str, Part] = {}
     try:
-        staging.check(mesh, loss, _MEANS)
+        staging.check(mesh, loss, _MEANS, splits=by == "layers")
         program = from_layers(model, staging.sample) if by == "layers" else capture(model, staging.sample)
         _check(program)
+        if mesh.tp > 1:
+            parts = find_parts(program.model, check_rules(rules))
+            _check_splits(mesh, program, parts)
     except HvdscaleError as refusal:
         error = str(refusal)
     refuse_together(error, verbs.control())
@@ -144,6 +172,7 @@ def shard_stages(model: Any, mesh: Mesh, by: str, loss: Loss | None, staging: St
     ties = _ties(program, weights)
     tensors = [(path_of(v), tuple(v.shape), str(v.dtype)) for v in weights]
     facts = staging.facts(mesh, by, [path_of(unit) for unit in program.units], list(ties.values()))
+    facts["split"] = _roles(program, parts)
     sample = _tensors(staging.sample)
     facts["sample"] = verbs.NESTS.text(sample)
     agree(Fingerprint.of(tensors, facts), verbs.control(), "the model to be sharded")
@@ -155,7 +184,7 @@ def shard_stages(model: Any, mesh: Mesh, by: str, loss: Loss | None, staging: St
     seed = keras.src.utils.rng_utils.get_random_seed() if staging.seed is None else staging.seed
     seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
     seed = int(broadcast(verbs.control(), str(seed).encode()))
-    return Pipelined(mesh, program, pipeline, loss, staging, seed, note)
+    return Pipelined(mesh, program, pipeline, loss, staging, seed, note, parts)
 
 
 def _check(program: Program) -> None:
@@ -167,6 +196,24 @@ def _check(program: Program) -> None:
                 f"{held[0]} has a regularizer, a loss of its own, which a pipeline does not count. Use the optimizer's "
                 "weight_decay, or make it part of loss=..."
             )
+
+
+def _check_splits(mesh: Mesh, program: Program, parts: Mapping[str, Part]) -> None:
+    splits = splits_of(program.model, parts)
+    for unit in program.units:
+        for it in unit.holds:
+            if id(it) in splits:
+                raise PlanError(
+                    f"{it.path} is split over the tensor ranks, and {unit.name} uses it by itself, as a whole. Give "
+                    "rules=... without the layer it belongs to."
+                )
+    Layout(mesh, placements_of(program.model, splits))  # refuses an axis that cannot be divided so
+
+
+def _roles(program: Program, parts: Mapping[str, Part]) -> str:
+    """What becomes of each layer, in words that are the same on all ranks, whatever else they have built."""
+    places = {name: place for place, name in enumerate(named_layers(program.model))}
+    return ", ".join(f"{places[name]}: {part.role} {part.whole_output}" for name, part in parts.items())
 
 
 def _keys(weights: Sequence[Any]) -> list[str]:
@@ -184,22 +231,21 @@ def _ties(program: Program, weights: Sequence[Any]) -> dict[int, str]:
     return {number: keys[number] for number, count in users.items() if count > 1}
 
 
-def _layout(mesh: Mesh, program: Program, pipeline: Pipeline, weights: Sequence[Any]) -> Layout:
+def _layout(
+    mesh: Mesh, program: Program, pipeline: Pipeline, weights: Sequence[Any], splits: Mapping[int, Split]
+) -> Layout:
     """Where each variable lies; what nothing uses stays on the first rank."""
     ranks: dict[int, set[int]] = {}
     for unit, stage in zip(program.units, pipeline.part.part_of, strict=True):
         for variable in unit.variables:
             ranks.setdefault(id(variable), set()).add(stage % pipeline.ranks)
-    placements = [
-        Placement(name, tuple(v.shape), str(v.dtype), tuple(sorted(ranks.get(id(v), {0}))))
-        for name, v in zip(unique_names(weights), weights, strict=True)
-    ]
-    return Layout(mesh, tuple(placements))
+    stages = [tuple(sorted(ranks.get(id(v), {0}))) for v in weights]
+    placements = zip(placements_of(program.model, splits), stages, strict=True)
+    return Layout(mesh, tuple(replace(placement, stages=some) for placement, some in placements))
 
 
-def _held(program: Program, mine: Sequence[int], own: Sequence[Any], weights: Sequence[Any], sharded: Any) -> Held:
-    """This rank's layers, with values; the memory of others is given up."""
-    units = [program.units[node] for node in mine]
+def _keep(program: Program, units: Sequence[Unit], own: Sequence[Any], weights: Sequence[Any]) -> None:
+    """Give values to what ``units`` use, and give up the memory of what other ranks hold."""
     for variable in own:
         give_value(variable)
     for unit in units:
@@ -208,6 +254,10 @@ def _held(program: Program, mine: Sequence[int], own: Sequence[Any], weights: Se
     kept = {id(v) for v in own}
     every = [program.model, *program.model._flatten_layers(include_self=False)]
     give_up([v for v in weights if id(v) not in kept], every)
+
+
+def _held(units: Sequence[Unit], own: Sequence[Any], sharded: Any) -> Held:
+    """The layers of ``units``, as a model."""
     tops = list({id(it): it for unit in units for it in unit.holds}.values())
     layers = [it for it in tops if isinstance(it, keras.layers.Layer)]
     inside = {id(v) for layer in layers for v in layer.weights}

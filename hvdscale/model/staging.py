@@ -45,8 +45,8 @@ class Staging:
         """
         if mesh.tp > 1 and not splits:
             raise PlanError(
-                f"These stages are of whole layers, and the mesh has tp={mesh.tp}. Use tp=1, or by='features' with "
-                "pp=1; in torch, by='layers' splits the layers of stages over tp ranks, too."
+                f"These stages are of whole layers, and the mesh has tp={mesh.tp}. Use tp=1, or by='layers', which "
+                "splits the layers of stages over tp ranks, too."
             )
         if not callable(loss):
             raise PlanError(

@@ -34,7 +34,7 @@ class Part(Enum):
     # Two copies of a pipeline of two stages are four ranks, and so are two stages that are split over two.
     ON_FOUR_RANKS = f"({_GRADIENTS_ONLY}) or meet_in_rounds or pipeline_state or split_stages"
     ON_EIGHT_RANKS = "copies_of_split_stages"  # two copies of two stages over two ranks
-    FOUR_STAGES = "four_stages or (meet_in_rounds and pipeline)"
+    FOUR_STAGES = "four_stages or split_stages or (meet_in_rounds and pipeline)"
     WITH_UPDATES = "not (asynchronous or pipeline or features)"
     # One process differs in how steps are made, too.
     ALONE = f"(training or optimizer or collectives or broadcast) and {_GRADIENTS_ONLY}"
@@ -61,6 +61,7 @@ TABLE = [
     (KERAS_TORCH, "mpirun", 2, Part.EVERYTHING),
     (KERAS_TORCH, "mpirun", 3, Part.PROCESS_SETS),
     (KERAS_TORCH, "mpirun", 4, Part.FOUR_STAGES),
+    (KERAS_TORCH, "mpirun", 8, Part.ON_EIGHT_RANKS),
     (KERAS_TORCH, "horovodrun-gloo", 2, Part.EXCHANGES),
     (KERAS_TORCH, "alone", 1, Part.GRADIENTS_AND_ROUNDS),
 ]
