@@ -72,12 +72,15 @@ class Pipelined(ShardedModel):
         local = {name: v for name, v in zip(layout.names, weights, strict=True) if layout.holds(name, here)}
         self._whole = sum(int(np.prod(v.shape)) for v in weights if v.trainable)
         units = [program.units[node] for node in mine]
-        _keep(program, units, list(local.values()), weights)
+        own = list(local.values())
+        _give_up_others(program, own, weights)
         if mesh.tp > 1:
             team = verbs.tensor_team(mesh)
-            take_parts(list(local.values()), splits, team, verbs.team_along(mesh, "dp", "tp"))
+            take_parts(own, splits, team, verbs.team_along(mesh, "dp", "tp"))
             convert_layers(program.model, parts, team, layout, [layer for unit in units for layer in unit.layers])
-        super().__init__(mesh, layout, _held(units, list(local.values()), self), local)
+        for variable in (*own, *(generator.state for unit in units for generator in unit.generators)):
+            give_value(variable)
+        super().__init__(mesh, layout, _held(units, own, self), local)
         self.pipeline, self.loss, self._note = pipeline, getattr(loss, "given", loss), note
         post, transport = verbs.connect(mesh, verbs.open_post, verbs.control)
         keys = dict(zip(_keys(weights), weights, strict=True))
@@ -244,13 +247,8 @@ def _layout(
     return Layout(mesh, tuple(replace(placement, stages=some) for placement, some in placements))
 
 
-def _keep(program: Program, units: Sequence[Unit], own: Sequence[Any], weights: Sequence[Any]) -> None:
-    """Give values to what ``units`` use, and give up the memory of what other ranks hold."""
-    for variable in own:
-        give_value(variable)
-    for unit in units:
-        for generator in unit.generators:
-            give_value(generator.state)
+def _give_up_others(program: Program, own: Sequence[Any], weights: Sequence[Any]) -> None:
+    """Free the memory of what other ranks hold."""
     kept = {id(v) for v in own}
     every = [program.model, *program.model._flatten_layers(include_self=False)]
     give_up([v for v in weights if id(v) not in kept], every)

@@ -55,8 +55,8 @@ def fresh(name: str, seed: int = 5) -> keras.Model:
     return model
 
 
-def meshes(size: int) -> list[hvd.Mesh]:
-    return [hvd.Mesh(pp=2, tp=2)] if size == 4 else [hvd.Mesh(tp=size), hvd.Mesh(pp=size)]
+def mesh_of(size: int) -> hvd.Mesh:
+    return hvd.Mesh(pp=2, tp=2) if size == 4 else hvd.Mesh(tp=size)
 
 
 def shard(whole: Any, mesh: hvd.Mesh, **more: Any) -> Any:
@@ -74,38 +74,38 @@ def expected(
 
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_gradients_and_training_are_those_of_one_process(driver: Any, size: int, rank: int, name: str) -> None:
-    for mesh in meshes(size):
-        # Weights are those of a stage's first rank.
-        given = fresh(name, 5 if mesh.coordinates(rank).tp == 0 else 6)
-        sharded, whole = shard(given, mesh, **WAYS[name]), fresh(name)
-        same(sharded.state_dict(), whole, 0)
-        every, held = sharded.count()
-        assert every == sum(int(np.prod(v.shape)) for v in whole.trainable_variables)
-        assert held < every or mesh.size == 1
-        settings = {"learning_rate": 1e-2, "epsilon": 1e-3, "global_clipnorm": 0.3}
-        optimizer = hvd.DistributedOptimizer(keras.optimizers.AdamW(**settings), model=sharded)
-        plain = keras.optimizers.AdamW(**settings)
-        for step in range(2):
-            loss, gradients = expected(whole, sharded, step)
-            value, found = sharded.train_step(*batch(step, 5))
-            assert float(value) == pytest.approx(loss, abs=1e-5)
-            by_variable = dict(zip(map(id, whole.trainable_variables), gradients, strict=True))
-            for gradient, variable in zip(whole_gradients(sharded, found), whole.weights, strict=True):
-                if variable.trainable:
-                    wanted = by_variable[id(variable)]
-                    np.testing.assert_allclose(gradient, wanted, atol=1e-5, rtol=1e-4, err_msg=variable.path)
-            norm = float(sharded.global_norm(found, sharded.trainable_variables))
-            assert norm == pytest.approx(np.sqrt(sum(float((g**2).sum()) for g in gradients)), rel=1e-4)
-            optimizer.apply(found, sharded.trainable_variables)
-            plain.apply([ops.convert_to_tensor(g) for g in gradients], whole.trainable_variables)
-        same(sharded.state_dict(), whole, 1e-4)
-        moments = sharded.optimizer_state_dict(optimizer)
-        for moment, variable in zip(moments.values(), plain.variables, strict=True):
-            np.testing.assert_allclose(moment, array(variable), atol=1e-4, rtol=1e-3, err_msg=variable.path)
-        resumed = keras.optimizers.AdamW(**settings)
-        sharded.load_optimizer_state_dict(resumed, moments)
-        again = sharded.optimizer_state_dict(resumed)
-        assert all((a == b).all() for a, b in zip(again.values(), moments.values(), strict=True))
+    mesh = mesh_of(size)
+    # Weights are those of a stage's first rank.
+    given = fresh(name, 5 if mesh.coordinates(rank).tp == 0 else 6)
+    sharded, whole = shard(given, mesh, **WAYS[name]), fresh(name)
+    same(sharded.state_dict(), whole, 0)
+    every, held = sharded.count()
+    assert every == sum(int(np.prod(v.shape)) for v in whole.trainable_variables)
+    assert held < every or mesh.size == 1
+    settings = {"learning_rate": 1e-2, "epsilon": 1e-3, "global_clipnorm": 0.3}
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.AdamW(**settings), model=sharded)
+    plain = keras.optimizers.AdamW(**settings)
+    for step in range(2):
+        loss, gradients = expected(whole, sharded, step)
+        value, found = sharded.train_step(*batch(step, 5))
+        assert float(value) == pytest.approx(loss, abs=1e-5)
+        by_variable = dict(zip(map(id, whole.trainable_variables), gradients, strict=True))
+        for gradient, variable in zip(whole_gradients(sharded, found), whole.weights, strict=True):
+            if variable.trainable:
+                wanted = by_variable[id(variable)]
+                np.testing.assert_allclose(gradient, wanted, atol=1e-5, rtol=1e-4, err_msg=variable.path)
+        norm = float(sharded.global_norm(found, sharded.trainable_variables))
+        assert norm == pytest.approx(np.sqrt(sum(float((g**2).sum()) for g in gradients)), rel=1e-4)
+        optimizer.apply(found, sharded.trainable_variables)
+        plain.apply([ops.convert_to_tensor(g) for g in gradients], whole.trainable_variables)
+    same(sharded.state_dict(), whole, 1e-4)
+    moments = sharded.optimizer_state_dict(optimizer)
+    for moment, variable in zip(moments.values(), plain.variables, strict=True):
+        np.testing.assert_allclose(moment, array(variable), atol=1e-4, rtol=1e-3, err_msg=variable.path)
+    resumed = keras.optimizers.AdamW(**settings)
+    sharded.load_optimizer_state_dict(resumed, moments)
+    again = sharded.optimizer_state_dict(resumed)
+    assert all((a == b).all() for a, b in zip(again.values(), moments.values(), strict=True))
 
 
 def same(state: dict[str, np.ndarray], whole: keras.Model, close: float) -> None:
@@ -115,7 +115,7 @@ def same(state: dict[str, np.ndarray], whole: keras.Model, close: float) -> None
 
 def test_fit_trains_layers_made_where_they_lie(driver: Any, size: int, rank: int) -> None:
     """A list of layers without values, in a run of fit: every rank of a copy reports the loss of one process."""
-    mesh = meshes(size)[0]
+    mesh = mesh_of(size)
     listed = [keras.Input((CONTEXT,), dtype="int32"), layers.Embedding(VOCABULARY, WIDTH)]
     listed += [layers.Dense(22, activation="gelu"), layers.Dense(WIDTH), layers.Dense(VOCABULARY)]
     sharded = shard(listed, mesh)
@@ -144,7 +144,7 @@ def cut_inside_without_noise() -> keras.Model:
 
 def test_logits_may_stay_apart(driver: Any, size: int) -> None:
     """A head by vocabulary, and a loss that knows of it."""
-    mesh = meshes(size)[0]
+    mesh = mesh_of(size)
 
     def parallel(logits: Any, targets: Any) -> Any:
         return hvd.parallel_cross_entropy(logits, targets, VOCABULARY, mesh)
@@ -189,7 +189,7 @@ def table_by_itself() -> keras.Model:
 def test_what_cannot_be_is_refused_on_every_rank(driver: Any, rank: int, size: int) -> None:
     if size < 2:
         return
-    mesh = meshes(size)[0]
+    mesh = mesh_of(size)
     for make, arguments, rule in (
         (tied, {"by": "graph"}, "stages are of whole layers"),
         (tied, {"rules": {"nothing": "column"}}, "'nothing' matches no layer"),

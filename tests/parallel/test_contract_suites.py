@@ -16,7 +16,7 @@ KERAS_TORCH = {"HVDSCALE_ADAPTER": "keras", "KERAS_BACKEND": "torch"}
 
 
 # Servers, pipelines, placed updates and split layers bring their own messages: under mpirun, and dear.
-_GRADIENTS_ONLY = "not (asynchronous or pipeline or updates or features)"
+_GRADIENTS_ONLY = "not (asynchronous or pipeline or updates or features or split_stages)"
 
 
 class Part(Enum):
