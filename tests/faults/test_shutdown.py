@@ -6,7 +6,7 @@ import pytest
 
 from tests.launcher import launch
 
-BOUND_SECONDS = 45  # seconds on an idle machine; this only tells a job that ends from one that hangs
+DEADLINE_SECONDS = 120  # seconds on an idle machine; this only tells a job that ends from one that hangs
 
 SCRIPT = """
 import sys, threading, time, torch, hvdscale.torch as hvd
@@ -42,7 +42,7 @@ for turn in range(int(sys.argv[1])):
     hvd.allreduce(torch.ones(1))  # Horovod's shutdown on one rank ends what the others are about
     hvd.shutdown()
     assert not any(found), [bool(comm) for comm in found]
-    until = time.monotonic() + 5  # a connection ends when the peer has closed, too
+    until = time.monotonic() + 15  # a connection ends when the peer has closed, too
     while threads() and time.monotonic() < until:
         time.sleep(0.02)
     assert not threads(), threads()
@@ -53,10 +53,9 @@ print(f"ended well with {len(found)} communicators", flush=True)
 # Horovod itself cannot join a second time over Gloo's rendezvous.
 @pytest.mark.parametrize(("launcher", "turns", "communicators"), [("mpirun", 2, 5), ("horovodrun-gloo", 1, 0)])
 def test_shutdown_gives_back_what_was_lent_and_the_job_ends(launcher: str, turns: int, communicators: int) -> None:
-    finished = launch(["-c", SCRIPT, str(turns)], ranks=3, launcher=launcher, deadline_seconds=60)
+    finished = launch(["-c", SCRIPT, str(turns)], ranks=3, launcher=launcher, deadline_seconds=DEADLINE_SECONDS)
     output = finished.check()
     assert output.count(f"ended well with {communicators} communicators") >= 2, output
-    assert finished.seconds < BOUND_SECONDS, output
 
 
 LATE = """
@@ -88,4 +87,4 @@ print("heard everything", flush=True)
 
 def test_a_last_message_that_comes_late_is_not_taken_for_one_of_the_next_job() -> None:
     """MPI gives a communicator's number to the next one as soon as it is freed."""
-    assert launch(["-c", LATE], deadline_seconds=60).check().count("heard everything") == 2
+    assert launch(["-c", LATE], deadline_seconds=DEADLINE_SECONDS).check().count("heard everything") == 2

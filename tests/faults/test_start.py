@@ -24,7 +24,7 @@ import torch, hvdscale.torch as hvd
     ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
 def test_rank_variables_that_do_not_fit(variables: dict[str, str], said: str) -> None:
-    finished = launch(["-c", HEADER + "hvd.init()"], launcher="alone", env=variables, deadline_seconds=60)
+    finished = launch(["-c", HEADER + "hvd.init()"], launcher="alone", env=variables, deadline_seconds=120)
     assert finished.returncode not in (None, 0), finished.output
     assert "WorldError" in finished.output
     assert said in finished.output.split("WorldError")[-1]
@@ -33,13 +33,13 @@ def test_rank_variables_that_do_not_fit(variables: dict[str, str], said: str) ->
 def test_horovod_and_mpi_seeing_different_worlds() -> None:
     """As when Horovod was built against another MPI than mpirun's: every rank then sees a world of one."""
     script = "import horovod.torch; horovod.torch.size = lambda: 1\n" + HEADER + "hvd.init()"
-    finished = launch(["-c", script], deadline_seconds=60)
+    finished = launch(["-c", script], deadline_seconds=120)
     assert finished.returncode not in (None, 0), finished.output
     assert "All must see the same world size; the launcher (mpirun (Open MPI)) 2, Horovod 1, MPI 2" in finished.output
 
 
 def test_using_hvd_before_init() -> None:
     script = HEADER + "hvd.DistributedOptimizer(torch.optim.SGD([torch.ones(1, requires_grad=True)]))"
-    finished = launch(["-c", script], launcher="alone", deadline_seconds=60)
+    finished = launch(["-c", script], launcher="alone", deadline_seconds=120)
     assert finished.returncode not in (None, 0)
     assert "Call hvd.init() first" in finished.output
