@@ -194,7 +194,7 @@ def test_a_second_build_of_the_same_waits_for_the_first(machine: Machine, tmp_pa
     try:
         time.sleep(2)
         pause.unlink()
-        answers = sorted(process.communicate(timeout=60)[0].strip() for process in both)
+        answers = sorted(process.communicate(timeout=180)[0].strip() for process in both)
     finally:
         for process in both:
             process.kill()

@@ -108,7 +108,7 @@ def test_without_a_framework_or_mpi_it_says_so_and_fails() -> None:
         "u.find_spec = lambda name, *rest: None if name in names else find(name, *rest)\n"
         "sys.exit(main(['doctor', '--json']))"
     )
-    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=180, check=False)
     assert shown.returncode == 1, shown.stderr
     report = json.loads(shown.stdout)
     failed = {finding["name"]: finding["advice"] for finding in report["findings"] if finding["status"] == "fail"}

@@ -55,7 +55,7 @@ def test_an_error_of_the_system_is_one_message(tmp_path: Path) -> None:
         env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "file")},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
         check=False,
     )
     assert shown.returncode == 1
@@ -68,7 +68,7 @@ def test_a_reader_that_leaves_is_not_an_error_message(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.touch()
     command = f"{sys.executable} -m hvdscale run -np 2 --dry-run {script} | true"
-    shown = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    shown = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=180, check=False)
     assert shown.stderr == ""
 
 
@@ -109,7 +109,7 @@ def test_an_import_is_quiet(name: str, tmp_path: Path) -> None:
         env=env,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
         check=True,
     )
     assert (done.stderr, done.stdout) == (errors, output)

@@ -166,7 +166,7 @@ def test_an_adapter_of_the_wheel_is_imported_from_elsewhere(elsewhere: Path, tmp
 
 def test_the_command_of_the_wheel_works_elsewhere(elsewhere: Path, tmp_path: Path) -> None:
     command = [elsewhere.parent / "hvdscale", "--version"]
-    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=180, check=True)
     assert shown.stdout.strip() == f"hvdscale {__version__}"
 
 

@@ -62,7 +62,7 @@ def setup(tree: Path, tmp_path: Path, notes: Path) -> Setup:
         path = f"{tools}{os.pathsep}/usr/bin{os.pathsep}/bin"
         env = {"PATH": path, "PYTHON": str(python), "NOTES": str(notes), "KILL_AT": kill_at}
         command = ["bash", str(tree / "ci" / "setup")]
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=180, check=False)
 
     return run
 
