@@ -6,7 +6,8 @@
     python -m ci.bench.relaxed_curves --small --missing       the same with a model of 0.4 M parameters (seconds each)
 
 A curve depends on no link, so it may be made on a busy machine. Every way reads the same batches, starts from the
-same weights and has the same learning rate at each step: AdamW, warm-up over 20 steps, cosine over 360.
+same weights and trains with AdamW, its learning rate rising over 40 steps and falling by a cosine over 360. Settings of
+AdamW are those in ``relaxed_plans``; ``--lr``, ``--beta1`` and ``--eps`` try others, and are named in the record.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +27,13 @@ from rich.table import Table
 
 from ci.bench.harness import REPOSITORY, Process, Variant, launch
 from ci.bench.local import MPIRUN, thread_env
-from ci.bench.relaxed_plans import BEST, FULL_WIRE, PLANS, POST_LOCAL, WIRES
+from ci.bench.relaxed_plans import BEST, FULL_WIRE, PLANS, POST_LOCAL, WIRES, Inner, inner_of
 
 __all__ = ["RECORD", "SYNCHRONOUS", "Curve", "read_curves"]
 
 RANKS, STEPS, LONGER_STEPS = 4, 300, 360
 MORE_TOKENS, ABOVE = 0.20, 0.007  # the best plan's, at most
 SYNCHRONOUS = "every step"
-SAME = ("local SGD, 1",)  # as another way, to rounding: there for its seconds
 RECORD = Path(__file__).with_name("relaxed_curves.json")
 
 
@@ -65,9 +65,15 @@ def read_curves(path: Path = RECORD) -> dict[str, Curve]:
     return {way: Curve(tuple(map(int, points)), tuple(points.values())) for way, points in recorded.items()}
 
 
-def train(way: str, steps: int, small: bool, deadline_seconds: float) -> dict[str, float]:
+def named(way: str, inner: Inner) -> str:
+    """The way with what is inside it."""
+    return f"{way}; lr {inner.lr:g}, beta1 {inner.beta1:g}, eps {inner.eps:g}"
+
+
+def train(way: str, inner: Inner, steps: int, small: bool, deadline_seconds: float) -> dict[str, float]:
     """Loss by step, of this way trained anew."""
     worker = (sys.executable, "-m", "ci.bench.workers.relaxed_curve", "--way", way, "--steps", str(steps))
+    worker += tuple(f"--{name}={value}" for name, value in asdict(inner).items())
     worker += ("--small",) if small else ()
     env = {**thread_env(1), "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'examples'}"}
     variant = Variant(way, "ours", RANKS, (Process((*MPIRUN, "--oversubscribe", "-np", str(RANKS), *worker), env),))
@@ -96,13 +102,15 @@ def judged(curves: Mapping[str, Curve]) -> list[tuple[str, float, float, bool]]:
 def table(curves: Mapping[str, Curve], tokens_per_step: int) -> Table:
     """Every curve against synchronous training."""
     shown = Table(title=f"Held-out loss of {RANKS} ranks, {tokens_per_step:,} tokens a step")
-    for name in ("way", f"loss after {STEPS} steps", "above synchronous", "steps to its loss", "more tokens"):
-        shown.add_column(name, justify="left" if name == "way" else "right")
+    told = (f"loss after {STEPS} steps", "above synchronous", "steps to its loss", "more tokens")
+    for name in ("way; AdamW inside", *told):
+        shown.add_column(name, justify="right" if name in told else "left")
     goal = curves[SYNCHRONOUS].at(STEPS)
     for way, curve in curves.items():
         reached = curve.reaches(goal)
         cells = ("-", "-") if reached is None else (f"{reached:.0f}", f"{reached / STEPS - 1:+.1%}")
-        shown.add_row(way, f"{curve.at(STEPS):.4f}", f"{curve.at(STEPS) / goal - 1:+.2%}", *cells)
+        name = way if ";" in way else named(way, inner_of(way))
+        shown.add_row(name, f"{curve.at(STEPS):.4f}", f"{curve.at(STEPS) / goal - 1:+.2%}", *cells)
     return shown
 
 
@@ -130,6 +138,8 @@ def main() -> int:
     known = [*PLANS, POST_LOCAL]
     parser.add_argument("--train", action="append", default=[], metavar="WAY", choices=known, help=", ".join(known))
     parser.add_argument("--steps", type=int, help=f"steps to train (synchronous {STEPS}, others {LONGER_STEPS})")
+    for one in fields(Inner):
+        parser.add_argument(f"--{one.name}", type=float, help=f"another {one.name} of AdamW than the way's own")
     parser.add_argument("--missing", action="store_true", help="train every way that is not recorded")
     parser.add_argument("--small", action="store_true", help="a model of 0.4 M parameters, with a record of its own")
     parser.add_argument("--record", type=Path, help=f"the JSON to read, and to write to ({RECORD.name})")
@@ -138,12 +148,15 @@ def main() -> int:
     options = parser.parse_args()
     record = options.record or (RECORD.with_stem(f"{RECORD.stem}_small") if options.small else RECORD)
     recorded = read_curves(record)
-    missing = [way for way in known if way not in recorded and way not in SAME] if options.missing else []
+    missing = [way for way in known if way not in recorded] if options.missing else []
     for way in dict.fromkeys([*options.train, *missing]):
         steps = options.steps or (STEPS if way == SYNCHRONOUS else LONGER_STEPS)
-        points = train(way, steps, options.small, options.deadline)
+        tried = {f.name: value for f in fields(Inner) if (value := getattr(options, f.name)) is not None}
+        inner = replace(inner_of(way), **tried)
+        points = train(way, inner, steps, options.small, options.deadline)
         before = json.loads(record.read_text()) if record.exists() else {}
-        record.write_text(json.dumps({**before, way: points}, indent=1) + "\n")
+        name = way if inner == inner_of(way) else named(way, inner)
+        record.write_text(json.dumps({**before, name: points}, indent=1) + "\n")
     curves = read_curves(record)
     if SYNCHRONOUS not in curves:
         print(f'Nothing to compare with: train the way "{SYNCHRONOUS}" first.', file=sys.stderr)

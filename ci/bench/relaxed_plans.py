@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from hvdscale.sync import DiLoCo, EveryStep, LocalSGD, Relaxed
 
 __all__ = [
@@ -9,24 +11,39 @@ __all__ = [
     "DDP",
     "FULL_WIRE",
     "INDEPENDENT",
+    "INNERS",
     "MATRIX_VALUES",
     "OTHER_VALUES",
     "PLANS",
     "POST_LOCAL",
+    "SELDOM",
     "WIRES",
+    "Inner",
+    "inner_of",
+    "rounds_in",
     "sent_bytes",
 ]
 
 INDEPENDENT, DDP, POST_LOCAL = "no communication", "torch DDP (gloo)", "PostLocalSGDOptimizer, 8"
 
+
+def growing(step: int) -> int:
+    """Periods that grow as the learning rate falls: weights change most in the beginning."""
+    return 2 if step < 100 else 4 if step < 200 else 8
+
+
 PLANS: dict[str, EveryStep | Relaxed] = {
     "every step": EveryStep(),
     "local SGD, 1": LocalSGD(1),
+    "local SGD, 2": LocalSGD(2),
+    "local SGD, 2, int8": LocalSGD(2, wire="int8"),
+    "local SGD, 2, int4": LocalSGD(2, wire="int4"),
     "local SGD, 2, int4, overlap": LocalSGD(2, wire="int4", overlap=1),
     "local SGD, 4": LocalSGD(4),
     "local SGD, 4, int8": LocalSGD(4, wire="int8"),
     "local SGD, 4, int4": LocalSGD(4, wire="int4"),
     "local SGD, 4, int8, overlap": LocalSGD(4, wire="int8", overlap=2),
+    "local SGD, 2 to 8, int4, overlap": LocalSGD(growing, wire="int4", overlap=1),
     "local SGD, 8": LocalSGD(8),
     "local SGD, 8, int8, overlap": LocalSGD(8, wire="int8", overlap=4),
     "local SGD, 16, int8, overlap": LocalSGD(16, wire="int8", overlap=4),
@@ -34,10 +51,30 @@ PLANS: dict[str, EveryStep | Relaxed] = {
     "DiLoCo, 8": DiLoCo(8, outer_lr=1.0, outer_momentum=0.3),
     "DiLoCo, 32": DiLoCo(32),
 }
-WIRES = {"int8": ("local SGD, 4, int8", 0.003), "int4": ("local SGD, 4, int4", 0.01)}
+
+
+@dataclass(frozen=True)
+class Inner:
+    """AdamW inside a way: highest learning rate, momentum, and what it adds to the root of the second moment."""
+
+    lr: float = 3e-3
+    beta1: float = 0.9
+    eps: float = 1e-8
+
+
+INNERS: dict[str, Inner] = {}
+"""By way: what it trained best with of what was tried, where that is not ``Inner()``."""
+
+
+def inner_of(way: str) -> Inner:
+    return INNERS.get(way, Inner())
+
+
+WIRES = {"int8": ("local SGD, 2, int8", 0.003), "int4": ("local SGD, 2, int4", 0.01)}
 """By wire: its plan, and how much above the same plan over fp32, ``FULL_WIRE``, its loss may end."""
-FULL_WIRE = "local SGD, 4"
-BEST = "local SGD, 16, int8, overlap"
+FULL_WIRE = "local SGD, 2"
+BEST = "local SGD, 2, int4"  # by loss after equal tokens
+SELDOM = "local SGD, 16, int8, overlap"  # by seconds of a step
 
 # The model of the benches: what goes coded, and what goes as float32 all the same (embeddings, norms, biases).
 MATRIX_VALUES, OTHER_VALUES = 3_211_264, 112_128
@@ -58,5 +95,15 @@ def sent_bytes(
     wire = getattr(plan, "wire", "fp32")
     matrix = {"fp32": 4.0, "int8": 1 + 4 / 256, "int4": 0.5 + 4 / 256}[wire]
     a_round = 2 * (ranks - 1) / ranks * (matrix_values * matrix + other_values * 4)
+    return a_round * rounds_in(plan, steps)
+
+
+def rounds_in(plan: EveryStep | Relaxed, steps: int) -> float:
+    """How often ranks meet in the first ``steps`` steps; of a constant period the part of one that is left counts."""
     every = getattr(plan, "every", 1)
-    return a_round * steps / every
+    if not callable(every):
+        return steps / every
+    rounds, met = 0, every(0)
+    while met <= steps:
+        rounds, met = rounds + 1, met + every(met)
+    return rounds

@@ -11,7 +11,7 @@ import pytest
 from ci.bench import relaxed_curves
 from ci.bench.relaxed_curves import Curve, read_curves
 from ci.bench.relaxed_links import Measured, judged, read_record, sooner, steps_of, write_record
-from ci.bench.relaxed_plans import BEST, DDP, INDEPENDENT, PLANS, POST_LOCAL, sent_bytes
+from ci.bench.relaxed_plans import BEST, DDP, FULL_WIRE, INDEPENDENT, PLANS, POST_LOCAL, WIRES, rounds_in, sent_bytes
 from hvdscale.runtime.channel import TransportChannel
 from hvdscale.runtime.transport import Transport, run_loopback
 from hvdscale.sync import LocalSGD, Rounds
@@ -54,6 +54,11 @@ def test_the_formula_is_what_rounds_count(wire: str, fragments: int) -> None:
     assert counted == [pytest.approx(told, rel=0.01)] * 4  # headers are less than that
 
 
+def test_periods_that_grow_are_counted() -> None:
+    assert rounds_in(LocalSGD(4), 30) == 7.5
+    assert rounds_in(LocalSGD(lambda step: 2 if step < 6 else 4), 18) == 6  # after 2, 4, 6, 10, 14, 18
+
+
 def test_what_was_measured_can_be_gone_on_with(tmp_path: Path) -> None:
     measured = {100.0: {DDP: Measured([2.0, 3.0], 1e6, 9e5)}, None: {BEST: Measured([0.5])}}
     assert read_record(tmp_path / "links.json") == {}
@@ -87,14 +92,13 @@ def test_targets_are_judged_at_their_rates() -> None:
 def test_curves_are_judged_against_synchronous_training_and_the_full_wire() -> None:
     curves = {
         "every step": Curve((300,), (2.0,)),
-        BEST: Curve((300, 360), (2.01, 1.99)),
-        "local SGD, 4": Curve((300,), (2.1,)),
-        "local SGD, 4, int8": Curve((300,), (2.11,)),
-        "local SGD, 4, int4": Curve((300,), (2.11,)),
+        BEST: Curve((300, 360), (2.01, 1.99)),  # over int4, too
+        FULL_WIRE: Curve((300,), (2.1,)),
+        WIRES["int8"][0]: Curve((300,), (2.11,)),
     }
     rows = relaxed_curves.judged(curves)
     assert [met for *_, met in rows] == [True, True, False, True]
-    assert [reached for _, reached, _, _ in rows] == pytest.approx([0.1, 0.005, 1 / 210, 1 / 210])
+    assert [reached for _, reached, _, _ in rows] == pytest.approx([0.1, 0.005, 1 / 210, 2.01 / 2.1 - 1])
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,15 @@ from torch import nn
 from ci.bench.workers.ranks import leave_result
 from ci.bench.workers.relaxed_ways import Trainer, first_model, join
 
-# The learning rate is the same function of the step in every way, whatever the length of the run. It rises slowly and
-# falls late: synchronous training likes that, and local steps need it, because their mean is already less noisy.
-LR, WARMUP_STEPS, HORIZON_STEPS, LAST_PART = 2e-3, 100, 360, 0.5
+# The part of the highest learning rate is the same function of the step in every way, whatever the length of the run.
+WARMUP_STEPS, HORIZON_STEPS, LAST_PART = 40, 360, 0.1
+EQUAL_STEPS = 300  # where ways are compared at equal tokens
 HELD_OUT_WINDOWS = 64  # of each rank
 SMALL = {"width": 128, "layers": 2, "context": 64}
 
 
 def learning_rate(step: int) -> float:
-    """The part of ``LR`` at ``step``: linear warm-up, then a cosine down to ``LAST_PART``."""
+    """The part of the highest rate at ``step``: linear warm-up, then a cosine down to ``LAST_PART``."""
     if step < WARMUP_STEPS:
         return (step + 1) / WARMUP_STEPS
     down = 0.5 - 0.5 * math.cos(math.pi * min(1.0, (step - WARMUP_STEPS) / (HORIZON_STEPS - WARMUP_STEPS)))
@@ -30,11 +30,11 @@ def learning_rate(step: int) -> float:
 
 
 def judged_after(step: int, period: int, overlap: int) -> bool:
-    """Where what all ranks said in a round has just arrived: seldom at first, often around step 300."""
-    step -= overlap
-    if step <= 0 or step % period:
-        return False
-    return step % max(64, period) == 0 or (step >= 256 and step % max(16, period) == 0) or (period == 1 and step == 300)
+    """Where what all ranks said in a round has just arrived: seldom at first, often around ``EQUAL_STEPS``."""
+    if step == EQUAL_STEPS:
+        return True
+    said = step - overlap - (EQUAL_STEPS if step > EQUAL_STEPS else 0)  # flushing began periods anew
+    return said > 0 and said % max(16 if step >= 256 else 64, period) == 0
 
 
 def held_out_loss(trainer: Trainer, share: Share) -> float:
@@ -52,10 +52,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--way", required=True)
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--lr", type=float, required=True, help="AdamW's highest learning rate")
+    parser.add_argument("--eps", type=float, required=True, help="AdamW's epsilon")
+    parser.add_argument("--beta1", type=float, required=True, help="AdamW's momentum")
     parser.add_argument("--small", action="store_true", help="a model of 0.4 million parameters, half the context")
     options = parser.parse_args()
     model = first_model(**(SMALL if options.small else {}))
-    inner = torch.optim.AdamW(model.parameters(), LR, weight_decay=0.01)
+    betas = (options.beta1, 0.999)
+    inner = torch.optim.AdamW(model.parameters(), options.lr, betas=betas, eps=options.eps, weight_decay=0.01)
     trainer = join(options.way, model, inner)
     rate = torch.optim.lr_scheduler.LambdaLR(inner, learning_rate)
     # The examples' defaults: the source of Python's library in bytes, 8 windows of 128 per rank and step; of one order.
@@ -66,8 +70,8 @@ def main() -> None:
     for step in range(1, options.steps + 1):
         trainer.step(*map(torch.from_numpy, share.batches[step - 1]))
         rate.step()
-        if step == options.steps:
-            trainer.flush()
+        if step in (EQUAL_STEPS, options.steps):
+            trainer.flush()  # the weights that one would save there: everything learnt is in them
         if step == options.steps or judged_after(step, trainer.period, trainer.overlap):
             curve[step] = held_out_loss(trainer, share)
             if trainer.rank == 0:
