@@ -273,12 +273,25 @@ class _Distributed:
         shares = placed.reduce(whole, self._hvdscale.suspended)
         placed.refresh()
         if any(share is not None for share in shares):
-            plain.apply(shares, placed.trained)
+            plain.apply(shares, placed.slices)
         else:
-            if self._clips_by_norm:
-                placed.clip(self, [])  # others count on this rank
-            self._iterations.assign_add(1)  # type: ignore[attr-defined]
+            self._stand_still(placed)
         placed.spread()
+
+    def _stand_still(self, placed: Any) -> None:
+        """A step in which nothing that this rank holds has a gradient. The inner optimizer's step would find nothing."""
+
+        def clip() -> None:
+            placed.clip(self, [])
+
+        passes = self.gradient_accumulation_steps  # type: ignore[attr-defined]
+        if self._clips_by_norm and passes:  # others count on this rank when they clip
+            keras.ops.cond((self._iterations + 1) % passes == 0, clip, lambda: None)  # type: ignore[attr-defined]
+        elif self._clips_by_norm:
+            clip()
+        if self.use_ema and placed.slices:  # type: ignore[attr-defined]
+            self._update_model_variables_moving_average(placed.slices)  # type: ignore[attr-defined]
+        self._iterations.assign_add(1)  # type: ignore[attr-defined]
 
     @property
     def sync(self) -> Sync[Any]:
@@ -333,7 +346,8 @@ class _Distributed:
             plain.finalize_variable_values(var_list)
             return
         placed.refresh()
-        plain.finalize_variable_values(placed.trained)
+        if placed.slices:
+            plain.finalize_variable_values(placed.slices)
         placed.spread()
 
     def save_own_variables(self, store: Any) -> None:

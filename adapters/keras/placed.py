@@ -19,7 +19,7 @@ from hvdscale.keras.plan import Distribution
 from hvdscale.keras.replicas import path_of
 from hvdscale.update import Bucket, Piece, place
 
-__all__ = ["PlacedUpdate", "dtype_of"]
+__all__ = ["PlacedUpdate", "dtype_of", "master_dtype"]
 
 _BUCKET_BYTES = 32 << 20
 
@@ -41,7 +41,7 @@ class PlacedUpdate:
         assert plan.update is not None
         self.update = plan.update
         self._sizes = [int(np.prod(v.shape)) for v in self.variables]
-        self._dtypes = [_master_dtype(v) for v in self.variables]
+        self._dtypes = [master_dtype(v) for v in self.variables]
         self.rank = plan.process_set.rank()
         self.placement = place(
             self.update,
@@ -56,16 +56,16 @@ class PlacedUpdate:
         self.slices = [self._slice(piece, readable) for piece in self.pieces]
         self._of_piece = dict(zip(self.pieces, self.slices, strict=True))
         self.owners = {id(s): self.variables[p.tensor] for p, s in zip(self.pieces, self.slices, strict=True)}
-        # A rank that updates nothing still counts steps: on one number, which is not the model's.
-        self._idle = [] if self.slices else [keras.Variable(0.0, dtype="float32", name="idle")]
-        self._present: list[int] = []  # whose slices have a gradient in this step
+        self._have_gradients: set[int] = set()  # in this step, whoever updates them
+        self._present: list[int] = []  # those of them of which this rank has slices
         self._sink = keras.Variable(0.0, dtype="float32", trainable=False, name="sink")
         self._carrier = carrier_of(self.update, plan)
 
     @property
-    def trained(self) -> list[Any]:
-        """What the optimizer is built on."""
-        return [*self.slices, *self._idle]
+    def stepping(self) -> int:
+        """The first rank that takes steps: others may hold nothing, or nothing that has gradients."""
+        ranks = range(self.placement.ranks)
+        return next((r for r in ranks if any(p.tensor in self._have_gradients for p in self.placement.pieces(r))), 0)
 
     def _slice(self, piece: Piece, readable: bool) -> Any:
         variable = self.variables[piece.tensor]
@@ -81,7 +81,7 @@ class PlacedUpdate:
     # Each step ------------------------------------------------------------------------------------------
 
     def reduce(self, gradients: Sequence[Any], reduced: bool) -> list[Any]:
-        """A gradient for each of ``trained``. ``None`` where the variable has none.
+        """A gradient for each of ``slices``. ``None`` where the variable has none.
 
         ``reduced``: the gradients are those of all ranks already.
         """
@@ -101,8 +101,8 @@ class PlacedUpdate:
                 else:
                     part = shares[bucket][piece.at : piece.at + piece.size]
                     found.append(ops.reshape(part, self._of_piece[piece].shape))
-        self._present = [p.tensor for p, share in zip(self.pieces, found, strict=True) if share is not None]
-        found += [ops.zeros_like(verbs.tensor(v)) for v in self._idle]
+        self._have_gradients = {position for position, gradient in enumerate(gradients) if gradient is not None}
+        self._present = [p.tensor for p in self.pieces if p.tensor in self._have_gradients]
         self._take_part(shares, gradients)
         return found
 
@@ -162,7 +162,7 @@ class PlacedUpdate:
 
         ``gradients`` are those of this step's slices that have one, in order.
         """
-        owners = dict(enumerate(self._present[: len(gradients)]))
+        owners = dict(enumerate(self._present))
         squares = {t: ops.sum(ops.square(ops.cast(gradients[i], "float32"))) for i, t in owners.items()}
         zero = ops.zeros((), "float32")
         own = ops.stack([squares.get(position, zero) for position in range(len(self.variables))])
@@ -196,5 +196,6 @@ def dtype_of(variable: Any) -> str:
     return str(keras.backend.standardize_dtype(variable.dtype))
 
 
-def _master_dtype(variable: Any) -> str:
+def master_dtype(variable: Any) -> str:
+    """Of what is updated in its place."""
     return "float32" if dtype_of(variable) in ("float16", "bfloat16") else dtype_of(variable)

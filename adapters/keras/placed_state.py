@@ -10,7 +10,7 @@ import numpy as np
 
 from hvdscale.errors import StateError
 from hvdscale.keras.backend import verbs
-from hvdscale.keras.placed import PlacedUpdate, dtype_of
+from hvdscale.keras.placed import PlacedUpdate, dtype_of, master_dtype
 from hvdscale.keras.replicas import broadcast_variables
 from hvdscale.keras.store import slots_of
 from hvdscale.runtime.patience import patience
@@ -74,7 +74,7 @@ class PlacedState:
 
     def bytes(self) -> int:
         """What this rank's optimizer state takes, without step count and rate; float32 masters included."""
-        held = [v for values in slots_of(self._optimizer).values() for v in values[: len(self._placed.pieces)]]
+        held = [v for values in slots_of(self._optimizer).values() for v in values]
         masters = [s for s in self._placed.slices if dtype_of(s) != dtype_of(self._placed.owners[id(s)])]
         return sum(np.dtype(dtype_of(v)).itemsize * int(np.prod(v.shape)) for v in [*held, *masters])
 
@@ -85,18 +85,20 @@ class PlacedState:
         whole = self.plain()
         placed, plan = self._placed, self._placed.plan
         slots, theirs = slots_of(self._optimizer), slots_of(whole)
+        ranks = plan.process_set.ranks or [0]
         if placed.update == "central":
             if placed.rank == 0:  # built on whole variables: one for one
                 for target, source in zip(whole.variables, self._optimizer.variables, strict=True):
                     target.assign(keras.ops.convert_to_numpy(source))
-            broadcast_variables(whole.variables, (plan.process_set.ranks or [0])[0], plan.process_set)
+            broadcast_variables(whole.variables, ranks[0], plan.process_set)
             return whole
         for target, source in zip(_others(whole, theirs), _others(self._optimizer, slots), strict=False):
             target.assign(keras.ops.convert_to_numpy(source))
+        broadcast_variables(_others(whole, theirs), ranks[placed.stepping], plan.process_set)
         places = {piece: i for i, piece in enumerate(placed.pieces)}
         for name in sorted(theirs):
             for number, bucket in enumerate(placed.placement.buckets):
-                share = np.zeros(bucket.shares[placed.rank], dtype_of(slots[name][0]))
+                share = np.zeros(bucket.shares[placed.rank], master_dtype(theirs[name][bucket.tensors[0]]))
                 for piece in bucket.pieces(placed.rank):
                     share[piece.place] = np.asarray(keras.ops.convert_to_numpy(slots[name][places[piece]])).reshape(-1)
                 joined = verbs.gather_slices_of(

@@ -133,7 +133,7 @@ class Reducer:
             )
         self.placed = PlacedUpdate(self.plan, variables)
         self.state = PlacedState(base, optimizer, self.placed)
-        return self.placed.trained
+        return self.placed.slices
 
     @property
     def _set_aside(self) -> bool:
