@@ -279,7 +279,7 @@ class _Distributed:
         placed.spread()
 
     def _stand_still(self, placed: Any) -> None:
-        """A step in which nothing that this rank holds has a gradient. The inner optimizer's step would find nothing."""
+        """A step in which nothing that this rank holds has a gradient: the inner optimizer has nothing to look at."""
 
         def clip() -> None:
             placed.clip(self, [])

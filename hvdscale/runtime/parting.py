@@ -36,7 +36,12 @@ class Serving(Protocol):
     def serves(self) -> bool: ...
 
     @property
+    def counted_out(self) -> bool: ...
+
+    @property
     def missing(self) -> tuple[int, ...]: ...
+
+    def end_silent(self) -> dict[int, int]: ...
 
     def check(self) -> None: ...
 
@@ -60,6 +65,7 @@ class Parting:
         self._survives = keep_going and health.survivable()
         self._stuck_since: float | None = None
         self._told: set[int] = set()
+        self._fenced: set[int] = set()
         self._looked = 0.0
         # Runs before Horovod's own end, whose handler was made earlier.
         atexit.register(self.at_exit)
@@ -85,6 +91,8 @@ class Parting:
 
     def dispensable(self) -> bool:
         """After an error: whether the others can go on without what this rank asks."""
+        if self._service.counted_out:
+            return True
         try:
             self._service.check()
         except TransportError:
@@ -108,18 +116,27 @@ class Parting:
         self._looked = now
         missing = self._service.missing
         self._tell(missing)
+        if self._survives:
+            self._fence(missing)
         if not missing or not health.in_a_collective():
             self._stuck_since = None
         elif self._stuck_since is None:
             self._stuck_since = now
         elif now - self._stuck_since > self._patience_seconds:
-            sys.stderr.write(
-                f"\n[rank {self._service.rank}] ended the job: it waited in a collective, which needs all ranks, and "
+            self._write(
+                "ended the job: it waited in a collective, which needs all ranks, and "
                 f"rank {', '.join(map(str, missing))} is gone. Where optimizer.sync.metrics()['ranks_lost'] "
-                "is not 0, use optimizer.sync alone.\n"
+                "is not 0, use optimizer.sync alone."
             )
-            sys.stderr.flush()
             health.abort(1)
+
+    def _fence(self, missing: tuple[int, ...]) -> None:
+        """Who is gone stays gone: a process that stands still would come back, and mpirun waits for it."""
+        if {*missing} <= self._fenced:
+            return
+        self._fenced |= {*missing}
+        for rank, number in self._service.end_silent().items():
+            self._write(f"ended process {number} of rank {rank}, which stood still.")
 
     def _tell(self, missing: tuple[int, ...]) -> None:
         """The first of those who go on says it once for all."""
@@ -127,5 +144,8 @@ class Parting:
         self._told |= news
         if news and self._keep_going and self._service.rank == min({*self._service.ranks} - {*missing}):
             who = ", ".join(map(str, sorted(news)))
-            sys.stderr.write(f"\n[rank {self._service.rank}] rank {who} is gone; training goes on without it.\n")
-            sys.stderr.flush()
+            self._write(f"rank {who} is gone; training goes on without it.")
+
+    def _write(self, line: str) -> None:
+        sys.stderr.write(f"\n[rank {self._service.rank}] {line}\n")
+        sys.stderr.flush()

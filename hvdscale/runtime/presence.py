@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hvdscale.errors import TransportError
+from hvdscale.runtime.fencing import Process
 from hvdscale.runtime.post import Post, Ticket
 
 __all__ = ["News", "Presence"]
@@ -27,18 +28,24 @@ class News(IntEnum):
     ALIVE = 0
     STOPPED = 1  # it asks nothing any more, before it was done; it still answers
     DONE = 2  # it leaves, and nothing was left to do
+    HERE = 3  # it has come: then follows which process it is
+    COUNTED_OUT = 4  # to one that was silent for too long, and is not: the others go on without it
 
 
 class Presence:
     """What this rank knows of the others of ``post``, whose tag ``tag`` it uses. Used by one thread.
 
-    ``gone`` and ``stopped`` say by position how a rank went; those that are ``done`` are gone, too.
+    ``gone`` and ``stopped`` say by position how a rank went; those that are ``done`` are gone, too, and so are those
+    that are ``silent``. ``counted_out``: what others made of this rank's own silence.
     """
 
     def __init__(self, post: Post, tag: int, patience_seconds: float) -> None:
         self.gone: dict[int, str] = {}
         self.stopped: dict[int, str] = {}
         self.done: set[int] = set()
+        self.silent: set[int] = set()
+        self.counted_out = ""
+        self.processes: dict[int, Process] = {post.rank: Process.own()}
         self._reported: set[int] = set()
         self._post, self._tag, self._patience_seconds = post, tag, patience_seconds
         self._beat_seconds = min(_LONGEST_BEAT_SECONDS, patience_seconds / _BEATS_IN_PATIENCE)
@@ -47,6 +54,7 @@ class Presence:
         self._heard = dict.fromkeys(self._peers, self._looked)
         self._beaten = self._checked = 0.0
         self._sent: list[tuple[Ticket, npt.NDArray[np.uint8]]] = []
+        self.say(News.HERE, self.processes[post.rank].encode())
 
     def look(self) -> list[int]:
         """Give a sign of life if it is time to. The ranks that ask nothing any more, each once."""
@@ -67,13 +75,16 @@ class Presence:
         self._reported.update(news)
         return news
 
-    def say(self, news: News) -> None:
+    def say(self, news: News, more: bytes = b"") -> None:
         """Tell everyone."""
         self._sent = [sent for sent in self._sent if not _over(sent[0])]
         for rank in self._peers:
             if rank not in self.gone:
-                data = np.array([news], np.uint8)
-                self._sent.append((self._post.send(data, rank, self._tag), data))
+                self._tell(rank, news, more)
+
+    def _tell(self, rank: int, news: News, more: bytes = b"") -> None:
+        data = np.frombuffer(bytes([news]) + more, np.uint8).copy()
+        self._sent.append((self._post.send(data, rank, self._tag), data))
 
     def lose(self, rank: int, how: str) -> None:
         """``rank`` is gone."""
@@ -81,10 +92,20 @@ class Presence:
 
     def _listen(self) -> None:
         while (found := self._post.probe(None, self._tag)) is not None:
-            source, data = found[0], np.empty(1, np.uint8)
+            source, data = found[0], np.empty(found[2], np.uint8)
             self._post.receive(data, source, self._tag).wait()
             self._heard[source] = time.monotonic()
-            if data[0] == News.DONE:
+            if source in self.silent and data[0] == News.ALIVE:
+                self._tell(source, News.COUNTED_OUT)
+            elif data[0] == News.HERE:
+                self.processes[source] = Process.read(data[1:].tobytes())
+            elif data[0] == News.COUNTED_OUT:
+                own, other = self._post.ranks[self._post.rank], self._post.ranks[source]
+                self.counted_out = (
+                    f"rank {own} stood still for longer than patience_seconds={self._patience_seconds:g}, and "
+                    f"rank {other} goes on without it. Use more patience if a rank may stand still."
+                )
+            elif data[0] == News.DONE:
                 self.done.add(source)
                 self.lose(source, f"rank {self._post.ranks[source]} has left the job: it was done.")
             elif data[0] == News.STOPPED:
@@ -95,6 +116,7 @@ class Presence:
             self._listen()  # it may have said that it was done since we last listened
             self.lose(rank, self._left(rank))
         elif now - self._heard[rank] > self._patience_seconds:
+            self.silent.add(rank)
             self.lose(
                 rank,
                 f"rank {self._post.ranks[rank]} has given no sign of life for {self._patience_seconds:g} s: it was "

@@ -123,6 +123,8 @@ class Service:
         if self._broken is not None:
             raise TransportError(f"The thread that answers other ranks ended: {self._broken!r}") from self._broken
         presence = self._presence
+        if presence.counted_out:
+            raise TransportError(presence.counted_out)
         for rank, how in [*presence.gone.items(), *presence.stopped.items()]:
             kept_going = self._keep_going and (rank not in self._needed or rank not in presence.gone)
             if rank not in presence.done and not kept_going:
@@ -137,7 +139,25 @@ class Service:
     @property
     def serves(self) -> bool:
         """Whether others ask this rank."""
-        return self._server is not None
+        return self._server is not None and not self._presence.counted_out
+
+    @property
+    def counted_out(self) -> bool:
+        """Whether the others go on without this rank, which was silent for too long."""
+        return bool(self._presence.counted_out)
+
+    def end_silent(self) -> dict[int, int]:
+        """Kill those that fell silent on this rank's machine, if it is the first there; their process ids by rank."""
+        presence, ended = self._presence, {}
+        own = presence.processes[self._post.rank]
+        silent = [(rank, presence.processes[rank]) for rank in sorted(presence.silent) if rank in presence.processes]
+        beside = [rank for rank, process in presence.processes.items() if own.beside(process)]
+        if any(rank < self._post.rank and rank not in presence.gone for rank in beside):
+            return {}
+        for rank, process in silent:
+            if own.end(process):
+                ended[self._post.ranks[rank]] = process.number
+        return ended
 
     def part(self) -> None:
         """Leave soon, without waiting: the thread sends what is still to be sent, and tells whether this rank was done.

@@ -391,6 +391,31 @@ def test_a_rank_that_falls_silent_is_named_in_time() -> None:
     assert on_ranks(2, body)[0] < 10
 
 
+def test_a_rank_that_stood_still_too_long_is_told_that_it_was_counted_out() -> None:
+    plan = ParameterServer(1, servers=1, on_failure="continue", patience_seconds=1.0)
+    done = threading.Event()
+
+    def body(transport: Transport) -> float:
+        trainer = Trainer(plan, transport)
+        trainer.train(3)
+        if transport.rank:
+            service = trainer.engine._service
+            look, awake = service._look, time.monotonic() + 2.5
+            service._look = lambda: look() if time.monotonic() > awake else bool(time.sleep(0.01))
+            while time.monotonic() < awake + 10 and not service.counted_out:
+                time.sleep(0.01)
+            with pytest.raises(TransportError, match="rank 1 stood still for longer than patience_seconds=1"):
+                trainer.train(1)
+            done.set()
+            return 0.0
+        trainer.train(9)
+        assert done.wait(20)  # someone has to be there to tell it
+        trainer.engine.flush()
+        return trainer.engine.figures()["ranks_lost"]
+
+    assert on_ranks(2, body)[0] == 1
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"staleness": -1}, "staleness .* whole number from 0; it is -1"),
     ({"staleness": 1.5}, "staleness .* it is 1.5"),

@@ -55,6 +55,7 @@ print(f"rank {{hvd.rank()}} finished with {{lost}} lost, weights {{model.get_wei
 """
 
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
+STOPPED = "os.kill(os.getpid(), signal.SIGSTOP)"
 
 
 def run(
@@ -96,10 +97,15 @@ def test_with_stop_the_job_ends_and_names_it(
     assert "finished" not in finished.output
 
 
-@pytest.mark.parametrize("body", [TORCH, KERAS], ids=["torch", "keras-tensorflow"])
-def test_with_continue_the_others_go_on(body: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """One is killed, one fails with an error of its own: two of four end with the same weights."""
-    deeds = {3: KILLED, 2: 'raise ValueError("broken on purpose")'}
+LOST = [(TORCH, STOPPED, True), (KERAS, KILLED, False)]
+
+
+@pytest.mark.parametrize(("body", "deed", "is_ended"), LOST, ids=["torch, stopped", "keras-tensorflow, killed"])
+def test_with_continue_the_others_go_on(
+    body: str, deed: str, is_ended: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One is killed or stands still, one fails with an error of its own: two of four end with the same weights."""
+    deeds = {3: deed, 2: 'raise ValueError("broken on purpose")'}
     finished = run(body, deeds, "continue", capsys, ranks=4)
     assert finished.returncode == 0, finished.output
     ends = re.findall(r"rank (\d) finished with 2 lost, weights (-?\d+\.\d{6})", finished.output)
@@ -108,6 +114,7 @@ def test_with_continue_the_others_go_on(body: str, capsys: pytest.CaptureFixture
     assert finished.output.count("[rank 2] left the job, which goes on") == 1, finished.output
     assert len(re.findall(r"\[rank 0\] rank (?:3|2, 3) is gone; training goes on without it", finished.output)) == 1
     assert finished.output.count("ValueError: broken on purpose") == 1
+    assert len(re.findall(r"\[rank 0\] ended process \d+ of rank 3, which stood still", finished.output)) == is_ended
 
 
 def test_a_rank_whose_script_fails_goes_on_serving(capsys: pytest.CaptureFixture[str]) -> None:

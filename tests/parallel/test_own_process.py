@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from hvdscale.runtime.fencing import Process
 from tests.core.test_imports import FRAMEWORKS, modules, name_of
 
 
@@ -113,3 +116,17 @@ def test_an_import_is_quiet(name: str, tmp_path: Path) -> None:
         check=True,
     )
     assert (done.stderr, done.stdout) == (errors, output)
+
+
+def test_only_the_process_that_was_meant_is_ended() -> None:
+    show = "from hvdscale.runtime.fencing import Process; print(Process.own().encode().decode(), flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", show], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        own, other = Process.own(), Process.read(child.stdout.readline())
+        assert other.number == child.pid
+        for wrong in (own, replace(other, started=other.started + 1), replace(other, place="another boot")):
+            assert not own.end(wrong)
+        assert child.poll() is None
+        assert own.end(other)
+        assert child.wait(20) == -signal.SIGKILL
+    assert not own.end(other)
