@@ -125,7 +125,8 @@ class PlacedUpdate:
             if gradient is None:
                 parts.append(ops.zeros((size,), dtype))
             else:
-                parts.append(ops.cast(ops.reshape(verbs.as_dense(gradient), (-1,)), dtype))
+                # Not (-1,): in a graph a gradient's shape may be known only when it runs.
+                parts.append(ops.cast(ops.reshape(verbs.as_dense(gradient), (size,)), dtype))
         return _joined(parts, bucket.size, dtype)
 
     def refresh(self) -> None:

@@ -50,7 +50,8 @@ class ContractDriver(ABC):
     @abstractmethod
     def optimizer(self, kind: str, model: Any) -> Any:
         """Not yet distributed: ``"sgd"``, ``"momentum"`` or ``"adam"`` with the oracle's settings, or ``"adamw"``,
-        which has weight decay, not the same for all parameters if the framework can, and clips by the global norm.
+        which has weight decay, not the same for all parameters if the framework can, and clips by the global norm, or
+        ``"adafactor"``, which looks at whole tensors.
         """
 
     @abstractmethod

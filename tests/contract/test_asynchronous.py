@@ -157,8 +157,19 @@ def test_evaluating_shows_the_shared_weights(driver: ContractDriver, rank: int, 
     optimizer.sync.flush()
 
 
-def test_more_servers_than_ranks_are_refused(driver: ContractDriver, size: int) -> None:
+def test_bad_arguments_are_refused_on_every_rank(driver: ContractDriver, rank: int, size: int) -> None:
     with pytest.raises(driver.hvd.PlanError, match=f"servers={size + 1}, and {size} rank"):
         start_training(driver, sync=ParameterServer(1, servers=size + 1))
-    with pytest.raises(driver.hvd.PlanError, match="op=Average"):
-        start_training(driver, sync=ParameterServer(1), op=driver.hvd.Sum)
+    for arguments, rule in (
+        ({"op": driver.hvd.Sum}, "op=Average"),
+        ({"compression": driver.hvd.Compression.fp16}, "compression"),
+        ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor"),
+    ):
+        with pytest.raises(driver.hvd.PlanError, match=rule):
+            start_training(driver, sync=ParameterServer(1), **arguments)
+    for staleness in (-1, 0.5, True):
+        with pytest.raises(driver.hvd.PlanError, match=f"staleness .*it is {staleness}"):
+            driver.hvd.ParameterServer(staleness)
+    if size > 1:  # plans that differ
+        with pytest.raises(driver.hvd.DesyncError, match="staleness="):
+            start_training(driver, sync=ParameterServer(int(rank == 0)))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvdscale.sync import EveryStep
+from hvdscale.sync import EveryStep, LocalSGD
 from tests.contract.driver import ContractDriver
 from tests.contract.oracle import batches, initial_weights
 from tests.contract.test_training import Case, assert_equal, expected
@@ -82,3 +82,10 @@ def test_what_cannot_be_placed_in_training_is_refused(driver: ContractDriver, ra
     ):
         with pytest.raises(driver.hvd.PlanError, match=rule):
             trained(driver, "sgd", rank, sync=EveryStep(update), **arguments)
+    for sync, rule in (
+        (EveryStep("sharded"), "Adafactor does not: its second moments are means over rows"),
+        (update, "sync takes"),
+        ([EveryStep(update), LocalSGD(4)], "sync takes"),
+    ):
+        with pytest.raises(driver.hvd.PlanError, match=rule):
+            trained(driver, "adafactor", rank, sync=sync)

@@ -82,6 +82,26 @@ def test_two_stages_of_keras_layers_follow_one_rank(backend: str, tmp_path: Path
         np.testing.assert_allclose(found, alone, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize(("backend", "update"), [("torch", "central"), ("tensorflow", "sharded")])
+def test_where_updates_are_made_changes_no_loss(backend: str, update: str, tmp_path: Path) -> None:
+    record = tmp_path / "losses.json"
+    flags = ("--update", update, "--shard", "random", "--batch-size", "4", "--record", str(record))
+    train("train_lm", *flags, backend=backend).check()
+    recorded = json.loads(record.read_text())
+    local = losses(backend, 2)
+    for found, wanted in zip((recorded["train"], [*recorded["held_out"].values()]), local, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("script", "backend"), [("torch_lm", "torch"), ("train_lm", "tensorflow")])
+def test_ranks_that_do_not_wait_for_each_other_learn(script: str, backend: str) -> None:
+    flags = ("--sync", "async", "--staleness", "4", "--batch-size", "4")
+    output = train(script, *flags, backend=backend).check()
+    before, after = map(float, re.search(r"held-out loss +([\d.]+) before, ([\d.]+) after 50 steps", output).groups())
+    assert after < before - 0.5
+    assert int(re.search(r"agreement +(\d+) rounds, [\d.]+ MB sent", output).group(1)) == 50
+
+
 def test_the_same_seed_gives_the_same_losses() -> None:
     for one, again in zip(losses("torch", 1), losses("torch", 1, run=1), strict=True):
         assert np.array_equal(one, again)

@@ -42,6 +42,7 @@ class Driver(ContractDriver):
             "momentum": lambda: keras.optimizers.SGD(0.1, momentum=0.9),
             "adam": lambda: keras.optimizers.Adam(0.01),
             "adamw": lambda: keras.optimizers.AdamW(0.01, epsilon=1e-3, weight_decay=0.1, global_clipnorm=0.5),
+            "adafactor": lambda: keras.optimizers.Adafactor(0.01),
         }
         optimizer = make[kind]()
         if kind == "adamw":

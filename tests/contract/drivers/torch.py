@@ -46,6 +46,8 @@ class Driver(ContractDriver):
             optimizer = torch.optim.AdamW([matrices, vectors], lr=0.01, eps=1e-3, weight_decay=0.1)
             self._clipped.add(optimizer)
             return optimizer
+        if kind == "adafactor":
+            return torch.optim.Adafactor(parameters, lr=0.01)
         if kind == "adam":
             return torch.optim.Adam(parameters, lr=0.01, eps=1e-7)
         return torch.optim.SGD(parameters, lr=0.1, momentum={"sgd": 0.0, "momentum": 0.9}[kind])
