@@ -20,8 +20,8 @@ __all__ = ["Parting"]
 _LOOK_SECONDS = 0.1  # between two looks at where the script stands
 
 _NOT_SURVIVABLE = (
-    "The others are to go on when a rank is gone, but mpirun ends a job when one of its processes dies. Start it "
-    "with mpirun --enable-recovery; without it they go on only where a rank's script ends by itself."
+    "The others are to go on when a rank is gone, but mpirun and horovodrun end a job when one of its processes dies. "
+    "Start it with mpirun --enable-recovery; without it they go on only where a rank's script ends by itself."
 )
 
 
@@ -57,10 +57,10 @@ class Parting:
         service: what the others need of this rank.
         keep_going: whether they go on without it.
         patience_seconds: how long to wait for a rank that is gone.
-        over_mpi: whether mpirun started the job.
+        launched: whether a launcher started the job, which then watches its processes.
     """
 
-    def __init__(self, service: Serving, keep_going: bool, patience_seconds: float, over_mpi: bool) -> None:
+    def __init__(self, service: Serving, keep_going: bool, patience_seconds: float, launched: bool) -> None:
         self._service, self._keep_going, self._patience_seconds = service, keep_going, patience_seconds
         self._survives = keep_going and health.survivable()
         self._stuck_since: float | None = None
@@ -71,7 +71,7 @@ class Parting:
         atexit.register(self.at_exit)
         if self._survives:
             health.on_error(self)
-        elif keep_going and over_mpi and service.rank == 0:
+        elif keep_going and launched and service.rank == 0:
             warnings.warn(_NOT_SURVIVABLE, stacklevel=2)
 
     def forget(self) -> None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from hvdscale.errors import TransportError
 from hvdscale.runtime.parting import Parting
-from hvdscale.runtime.post import MPIPost, Post, Ticket
+from hvdscale.runtime.post import LoopbackPost, Post, SoloPost, Ticket
 from hvdscale.runtime.presence import News, Presence
 
 __all__ = ["Answers", "Server", "Service"]
@@ -68,7 +68,7 @@ class Service:
         self._broken: BaseException | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="hvdscale-service", daemon=True)
-        self._parting = Parting(self, keep_going, patience_seconds, isinstance(post, MPIPost))
+        self._parting = Parting(self, keep_going, patience_seconds, not isinstance(post, (SoloPost, LoopbackPost)))
         self._thread.start()
         post.attach(self)
 
