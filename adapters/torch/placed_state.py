@@ -62,8 +62,8 @@ def _cut(value: Any, held: Slice, key: str, optimizer: Optimizer) -> Any:
         return value.clone()
     raise StateError(
         f"The state {key!r} of {type(optimizer).__name__} has the shape {list(value.shape)} for a parameter of shape "
-        f"{list(held.parameter.shape)}: it cannot be cut into slices. Load the state of this model; if this is its state, "
-        'use update="central" or "local".'
+        f"{list(held.parameter.shape)}: it cannot be cut into slices. Load the state of this model; if it is, use "
+        'update="central" or "local".'
     )
 
 

@@ -236,7 +236,8 @@ class Asynchronous:
         started = time.perf_counter()
         change = self._change() if self._since else None
         self._service.idle, self._fresh = False, False
-        beside = Aside(self._store.buffers) if kind == Ask.FLUSH and self.trains else None
+        beside = Aside(self._store.buffers) if kind == Ask.FLUSH else None
+        told = beside.values.astype(np.float64) if beside is not None and self.trains else np.zeros(0)
         places = self._servers.places
         first = min(places)
         self._clock += change is not None
@@ -244,8 +245,8 @@ class Asynchronous:
         messages = {}
         for server, place in places.items():
             values = np.zeros(0, np.float32) if change is None else change[place]
-            ledger = beside.values.astype(np.float64) if beside is not None and server == first else np.zeros(0)
             weight = self._samples if self._since else 0.0
+            ledger = told if server == first else told[:0]
             messages[server] = Message(kind, self._clock, weight, ledger=ledger, values=values)
         with timeline.span("push and pull"), timeline.travel("transfer", push=self._pushes):
             answers = self._servers.ask(messages)
@@ -256,8 +257,9 @@ class Asynchronous:
         self._write()
         if change is not None and not change.size:
             self._recovery.come_back(self.step)
-        if beside is not None and beside.values.size:
-            beside.values[:] = answers[first].ledger[self._post.size :]
+        mean = answers[first].ledger[self._post.size :]  # empty where no rank's was finite
+        if beside is not None and mean.size:
+            beside.values[:] = mean
             beside.arrive()
         self._since, self._samples = 0, 0.0
         self._figures.seconds += time.perf_counter() - started

@@ -454,14 +454,25 @@ def test_gradients_summed_or_divided_do_not_go_with_it() -> None:
     LocalSGD(2).check(Reduction())
 
 
-def test_a_rank_set_aside_does_not_step() -> None:
-    def body(transport: Transport) -> None:
+def test_a_rank_set_aside_does_not_step_and_ends_with_what_the_others_have() -> None:
+    def body(transport: Transport) -> list[dict[str, np.ndarray]]:
         trainer = Trainer(ParameterServer(1, dedicated=True), transport)
-        if transport.rank == 1:
-            with pytest.raises(PlanError, match="rank 1 is set aside"):
+        found = []
+        for spoilt in (False, True):
+            if transport.rank == 2:
+                with pytest.raises(PlanError, match="rank 2 is set aside"):
+                    trainer.train(1)
+            else:
                 trainer.train(1)
-        trainer.train(1) if transport.rank == 0 else None
-        trainer.engine.flush()
+                trainer.buffers["mean"] *= np.nan if spoilt else 1
+            trainer.engine.flush()
+            found.append({name: values.copy() for name, values in trainer.buffers.items()})
+        return found
 
-    on_ranks(2, body)
+    everyone = on_ranks(3, body)
+    for first, second in everyone:
+        np.testing.assert_allclose(first["mean"], 0.5)  # of 0 and 1
+        np.testing.assert_allclose(first["var"], 1.25)
+        np.testing.assert_allclose(second["var"], 1.25)  # no rank had a mean: each keeps what it has
+    np.testing.assert_allclose(everyone[2][1]["mean"], 0.5)
     assert issubclass(PlanError, HvdscaleError)
