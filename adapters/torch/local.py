@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from horovod.torch import ProcessSet
 from torch import Tensor, nn
@@ -18,6 +20,18 @@ from hvdscale.torch.steps import StepsOnParameters
 from hvdscale.torch.store import TorchStore
 
 __all__ = ["LocalTraining"]
+
+
+class _TorchSync(LocalSync[Tensor]):
+    """Its state is of tensors and plain numbers: what ``torch.load`` reads without being told to trust the file."""
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        return {**state, "arrays": {name: torch.from_numpy(array) for name, array in state["arrays"].items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        arrays = {name: np.asarray(array) for name, array in state.get("arrays", {}).items()}
+        super().load_state_dict({**state, "arrays": arrays})
 
 
 class LocalTraining(StepsOnParameters):
@@ -71,7 +85,7 @@ class LocalTraining(StepsOnParameters):
                 lambda patient: open_channel(self._process_set, patient),
                 lambda: open_post(self._process_set),
             )
-            self.sync = LocalSync(self._engine, self._store, torch.from_numpy, self._enter_phase)
+            self.sync = _TorchSync(self._engine, self._store, torch.from_numpy, self._enter_phase)
         else:
             root = (self._process_set.ranks or [0])[0]
             broadcast_parameters([p for _, p in named], root, self._process_set)

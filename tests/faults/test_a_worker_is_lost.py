@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from pathlib import Path
 
 import pytest
 
@@ -137,3 +138,54 @@ def test_weights_lost_with_their_rank_end_the_job(capsys: pytest.CaptureFixture[
     assert finished.returncode is not None
     assert f"rank 0 has given no sign of life for {PATIENCE_SECONDS} s" in finished.output
     assert "finished" not in finished.output
+
+
+RESUMED = """
+import os, signal, sys, torch, hvdscale.torch as hvd
+hvd.init()
+
+def start():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 4)
+    plan = hvd.ParameterServer(0, every=2, outer_momentum=0.5)
+    plain = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    return model, hvd.DistributedOptimizer(plain, model=model, sync=plan)
+
+def train(model, optimizer, first, last):
+    for step in range(first, last):
+        optimizer.zero_grad()
+        model(torch.full((1, 4), 1.0 + hvd.rank() + step)).square().sum().backward()
+        optimizer.step()
+
+model, optimizer = start()
+path = f"{sys.argv[1]}/{hvd.rank()}.pt"
+if os.path.exists(path):
+    train(model, optimizer, 0, 9)  # the run that nothing interrupts
+    optimizer.sync.flush()
+    again, optimizer = start()
+    state = torch.load(path)
+    again.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    optimizer.sync.load_state_dict(state["sync"])
+    train(again, optimizer, 5, 9)
+    optimizer.sync.flush()
+    print("the same" if all(map(torch.equal, model.parameters(), again.parameters())) else "not the same")
+else:
+    train(model, optimizer, 0, 5)
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "sync": optimizer.sync.state_dict()}
+    torch.save(state, path)
+    hvd.allreduce(torch.ones(1))  # all have saved
+    if hvd.rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    train(model, optimizer, 5, 9)
+    optimizer.sync.flush()
+    print("nobody was missed")
+"""
+
+
+def test_a_job_that_was_killed_goes_on_from_its_files(tmp_path: Path) -> None:
+    """In new processes, from a step in the middle of a period."""
+    killed = launch(["-c", RESUMED, str(tmp_path)], launcher="mpirun", deadline_seconds=120)
+    assert killed.returncode not in (0, None), killed.output
+    assert "nobody was missed" not in killed.output
+    assert launch(["-c", RESUMED, str(tmp_path)], deadline_seconds=120).check().split().count("same") == 2
