@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import horovod.torch as _horovod
 from torch import Tensor
 
+from hvdscale.runtime.waiting import pauses
 from hvdscale.torch.wire import from_wire
 
 __all__ = [
@@ -26,10 +26,6 @@ __all__ = [
 ]
 
 Handle = Any  # Horovod's int, or a CompoundHandle
-
-# How long a wait asks again and again before it sleeps between two looks, and how long it then sleeps.
-_SPIN_SECONDS = 0.0002
-_PAUSE_SECONDS = 0.00005
 
 # What is left to do with an operation's output, by Horovod's handle.
 _unfinished: dict[int, Callable[[Any], Any]] = {}
@@ -62,11 +58,9 @@ def wait(handle: int) -> Any:
 
     Horovod's own wait never sleeps: where ranks share cores it takes them from the thread that it waits for.
     """
-    spin_until = time.monotonic() + _SPIN_SECONDS
     try:
-        while not _horovod.poll(handle):
-            if time.monotonic() > spin_until:
-                time.sleep(_PAUSE_SECONDS)
+        for _ in pauses(lambda: _horovod.poll(handle)):
+            pass
     except ValueError:  # of an operation whose output was handed out before
         pass
     return _horovod.synchronize(handle)

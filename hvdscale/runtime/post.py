@@ -6,7 +6,6 @@ process (the loopback, for tests), and the world of one.
 
 from __future__ import annotations
 
-import time
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy.typing as npt
 from hvdscale.errors import PlanError, TransportError
 from hvdscale.runtime.mailbox import Handover, Mailbox, length_error
 from hvdscale.runtime.transport import LAST_TAG, Closable, LoopbackTransport, MPITransport, Transport
+from hvdscale.runtime.waiting import pauses
 
 __all__ = ["LoopbackPost", "MPIPost", "Post", "SoloPost", "Ticket", "left_message", "open_post"]
 
@@ -114,12 +114,6 @@ class SoloPost:
         """Nobody waits."""
 
 
-# How long a wait asks MPI again and again before it sleeps between two looks, and how long it then sleeps. Ranks often
-# share cores: one that spins takes them from the peer it waits for.
-_SPIN_SECONDS = 0.0002
-_PAUSE_SECONDS = 0.00005
-
-
 class MPIPost:
     """mpi4py on a private duplicate of the communicator of ``transport``, which closes it. Collective.
 
@@ -198,16 +192,10 @@ class _Request:
         return self._done
 
     def wait(self) -> None:
-        spin_until = time.monotonic() + _SPIN_SECONDS
-        looks = 0
-        while not self.test():
-            if time.monotonic() < spin_until:
-                continue
-            looks += 1
-            if looks % 16 == 0 and self._post.has_left(self._peer) and not self.test():
+        for pause in pauses(self.test):
+            if pause % 16 == 0 and self._post.has_left(self._peer) and not self.test():
                 ranks = self._post.ranks
                 raise TransportError(left_message(ranks[self._peer], ranks[self._post.rank]))
-            time.sleep(_PAUSE_SECONDS)
 
     def _what(self) -> str:
         ranks = self._post.ranks
