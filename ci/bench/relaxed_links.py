@@ -28,7 +28,7 @@ from ci.bench.local import MPIRUN, thread_env
 from ci.bench.relaxed_curves import STEPS, SYNCHRONOUS, Curve, read_curves
 from ci.bench.relaxed_plans import BEST, DDP, INDEPENDENT, PLANS, POST_LOCAL, SELDOM, sent_bytes
 from ci.bench.workers.torch_step import WIDTH
-from ci.rig import Rig, RigError
+from ci.rig import HEADER_BYTES, Rig, RigError
 from hvdscale.sync import EveryStep
 
 HOSTS = 4
@@ -45,7 +45,8 @@ class Measured:
     """Samples of one way at one rate: seconds of a step, and bytes a host sent, by who counted them."""
 
     seconds: list[float] = field(default_factory=list)
-    wire_bytes: float = 0.0
+    wire_bytes: float = 0.0  # by the network interface, headers of packets and acknowledgements included
+    data_bytes: float = 0.0  # the same without headers
     counted_bytes: float = 0.0
 
     @property
@@ -99,7 +100,7 @@ def measure(rig: Rig | None, ways: Sequence[str], options: Any) -> Iterator[tupl
             with tempfile.TemporaryDirectory(prefix="hvdscale-bench-") as folder:
                 left = launch(variant, Path(folder), options.deadline)
             found[way].seconds.append(slowest(left)["step"])
-            for name in ("wire_bytes", "counted_bytes"):
+            for name in ("wire_bytes", "data_bytes", "counted_bytes"):
                 setattr(found[way], name, statistics.mean(rank["facts"][name] for rank in left))
             print(f"{way}: {found[way].seconds[-1]:.3f} s a step", file=sys.stderr, flush=True)  # minutes lie between
             yield way, found[way]
@@ -120,16 +121,20 @@ def step_table(measured: Mapping[float | None, Mapping[str, Measured]]) -> Table
 
 
 def bytes_table(measured: Mapping[float | None, Mapping[str, Measured]], steps: int) -> Table:
-    shown = Table(title="MB a host sent while timed: by its network interface, by metrics(), by the formula")
-    for name in ("rate", "way", "interface", "metrics()", "formula", "interface / formula"):
+    shown = Table(
+        title="MB a host sent while timed: by its network interface, the same without the packets' headers "
+        f"({HEADER_BYTES} bytes each), by metrics(), by the formula"
+    )
+    for name in ("rate", "way", "interface", "data", "metrics()", "formula", "interface / formula", "data / formula"):
         shown.add_column(name, justify="left" if name == "way" else "right")
     for rate, by_way in measured.items():
         for way, one in by_way.items():
             if way in PLANS:
                 told = sent_bytes(PLANS[way], HOSTS, steps_of(way, steps))
-                counted = f"{one.counted_bytes / 1e6:.2f}" if one.counted_bytes else ""
-                cells = (f"{one.wire_bytes / 1e6:.2f}", counted, f"{told / 1e6:.2f}", f"{one.wire_bytes / told:.3f}")
-                shown.add_row("unshaped" if rate is None else f"{rate:g}", way, *cells)
+                counts = (one.wire_bytes, one.data_bytes, one.counted_bytes, told)
+                sent = [f"{b / 1e6:.2f}" if b else "" for b in counts]
+                ratios = [f"{b / told:.3f}" if b else "" for b in counts[:2]]
+                shown.add_row("unshaped" if rate is None else f"{rate:g}", way, *sent, *ratios)
     return shown
 
 
@@ -175,16 +180,19 @@ def judged(
             reached = by_way["local SGD, 1"].step / by_way["every step"].step
             rows.append((f"{at}: every=1 over every step", reached, EVERY_ONE_WITHIN, reached <= EVERY_ONE_WITHIN))
         for way, one in by_way.items():
-            if way in PLANS and one.wire_bytes:
-                reached = one.wire_bytes / sent_bytes(PLANS[way], HOSTS, steps_of(way, steps))
-                met = abs(reached - 1) <= BYTES_WITHIN
-                rows.append((f"{at}: {way}, bytes on the wire over the formula", reached, 1.0, met))
+            counts = {"bytes on the wire": one.wire_bytes, "without headers": one.data_bytes}
+            for what, sent in counts.items() if way in PLANS else ():
+                if sent:
+                    reached = sent / sent_bytes(PLANS[way], HOSTS, steps_of(way, steps))
+                    met = abs(reached - 1) <= BYTES_WITHIN
+                    rows.append((f"{at}: {way}, {what} over the formula", reached, 1.0, met))
     return rows
 
 
 def main() -> int:
     parser = arguments(__doc__ or "", rounds=1, steps=32, quick=(1, 8))
     parser.add_argument("--rates", default="200,100,25", help="Mbit/s, with commas between; none: no rig (%(default)s)")
+    parser.add_argument("--mtu", type=int, default=1500, help="bytes of a packet, 9000 for jumbo frames (%(default)s)")
     parser.add_argument("--ways", help=f"only these, with ; between: {'; '.join(WAYS)}")
     parser.add_argument("--record", type=Path, help="a JSON that each launch is added to; what it holds is shown, too")
     options = parser.parse_args()
@@ -195,7 +203,7 @@ def main() -> int:
     end_on_sigterm()  # before there is a rig to remove
     try:
         for rate in rates:
-            with nullcontext() if rate is None else Rig(HOSTS, rate) as rig:
+            with nullcontext() if rate is None else Rig(HOSTS, rate, options.mtu) as rig:
                 for way, one in measure(rig, ways, options):
                     measured.setdefault(rate, {})[way] = one
                     write_record(options.record, measured)

@@ -1,4 +1,4 @@
-"""``python -m ci.rig check | run [--hosts N] [--rate MBIT] COMMAND ... | down``"""
+"""``python -m ci.rig check | run [--hosts N] [--rate MBIT] [--mtu BYTES] COMMAND ... | down``"""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def main() -> int:
     run = verbs.add_parser("run", help="run a command under mpirun, one rank per host, then remove the rig")
     run.add_argument("--hosts", type=int, default=4)
     run.add_argument("--rate", type=float, default=200, help="Mbit/s of each link (%(default)s)")
+    run.add_argument("--mtu", type=int, default=1500, help="bytes of a packet, 9000 for jumbo frames (%(default)s)")
     run.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
 
@@ -36,7 +37,7 @@ def main() -> int:
         parser.error("run needs a command")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the rig is removed
     try:
-        with Rig(options.hosts, options.rate) as rig:
+        with Rig(options.hosts, options.rate, options.mtu) as rig:
             command, env = rig.mpirun(options.hosts, options.command)
             allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
             return subprocess.run(command, env={"PYTHONPATH": "", **os.environ, **allowed, **env}).returncode

@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+from ci.rig.traffic import Traffic
+
 __all__ = ["Rig", "RigError", "missing", "tear_down"]
 
 PREFIX = "hvdrig-"
@@ -75,7 +77,8 @@ def tear_down(prefix: str = PREFIX) -> list[str]:
 
 @dataclass
 class Rig:
-    """``hosts`` hosts, every link carrying ``rate_mbit`` Mbit/s each way (``None``: not shaped). Use it in ``with``.
+    """``hosts`` hosts, every link carrying ``rate_mbit`` Mbit/s each way (``None``: not shaped) in packets of at most
+    ``mtu`` bytes, the link's own header left out. Use it in ``with``.
 
     Raises:
         RigError: on entering, without root or without the tools; nothing is left behind.
@@ -83,6 +86,7 @@ class Rig:
 
     hosts: int = 4
     rate_mbit: float | None = 200
+    mtu: int = 1500
     _stack: ExitStack = field(default_factory=ExitStack, init=False, repr=False)
     _folder: Path = field(default=Path(), init=False, repr=False)
     _daemons: list[subprocess.Popen[bytes]] = field(default_factory=list, init=False, repr=False)
@@ -92,6 +96,8 @@ class Rig:
             raise ValueError(f"A rig has 1 to 200 hosts, not {self.hosts}.")
         if self.rate_mbit is not None and not self.rate_mbit > 0:
             raise ValueError(f"The rate of a link is a positive number of Mbit/s, not {self.rate_mbit}.")
+        if not 576 <= self.mtu <= 9000:
+            raise ValueError(f"A link's mtu is 576 to 9000 bytes, not {self.mtu}.")
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -139,8 +145,9 @@ class Rig:
             _do("ip", "-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", port, "netns", switch)
             _do("ip", "-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
             _do("ip", "-n", switch, "link", "set", port, "master", "br0")
-            for where, device in ((name, "lo"), (name, "eth0"), (switch, port)):
-                _do("ip", "-n", where, "link", "set", device, "up")
+            for where, device in ((name, "eth0"), (switch, port)):
+                _do("ip", "-n", where, "link", "set", device, "mtu", str(self.mtu), "up")
+            _do("ip", "-n", name, "link", "set", "lo", "up")
             if self.rate_mbit is not None:
                 for where, device in ((name, "eth0"), (switch, port)):
                     self._shape(where, device, self.rate_mbit)
@@ -217,15 +224,9 @@ class Rig:
             flags += ["-x", name]
         return self._inside(0, (str(_BIN / "mpirun"), *flags, *command)), env
 
-    def bytes_sent(self) -> tuple[int, ...]:
-        """Bytes each host has put on its link so far, headers included."""
-        return tuple(_transmitted(Path(f"/proc/{daemon.pid}/net/dev").read_text()) for daemon in self._daemons)
-
-
-def _transmitted(table: str) -> int:
-    """The ninth figure of ``eth0`` in the text of ``/proc/net/dev``."""
-    line = next(line for line in table.splitlines() if line.strip().startswith("eth0:"))
-    return int(line.split(":")[1].split()[8])
+    def sent(self) -> tuple[Traffic, ...]:
+        """What each host has put on its link so far."""
+        return tuple(Traffic.sent_here(daemon.pid) for daemon in self._daemons)
 
 
 def _do(*command: str, timeout_seconds: float = 30) -> str:

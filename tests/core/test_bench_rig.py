@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ci.rig import Rig, RigError, hosts, missing
+from ci.rig import Rig, RigError, Traffic, hosts, missing
 
 
 @pytest.mark.parametrize(
@@ -43,10 +43,14 @@ def test_without_root_or_tools_it_says_what_to_install(monkeypatch: pytest.Monke
         raise AssertionError("the rig was entered")
 
 
-def test_bytes_are_read_from_the_kernels_table() -> None:
+def test_traffic_is_read_from_the_kernels_table() -> None:
     table = (
         "Inter-|   Receive                            |  Transmit\n"
         "    lo: 1 2 0 0 0 0 0 0 3 4 0 0 0 0 0 0\n"
         "  eth0: 700 7 0 0 0 0 0 0 900 9 0 0 0 0 0 0\n"
     )
-    assert hosts._transmitted(table) == 900
+    sent = Traffic.sent(table)
+    assert sent == Traffic(900, 9)
+    assert sent.data_bytes == 900 - 9 * (14 + 20 + 32)
+    assert Traffic(5000, 10).since(sent) == Traffic(4100, 1)
+    assert Traffic.sent(table.replace("eth0", "wlan0")) == Traffic(0, 0)

@@ -60,7 +60,7 @@ def test_periods_that_grow_are_counted() -> None:
 
 
 def test_what_was_measured_can_be_gone_on_with(tmp_path: Path) -> None:
-    measured = {100.0: {DDP: Measured([2.0, 3.0], 1e6, 9e5)}, None: {BEST: Measured([0.5])}}
+    measured = {100.0: {DDP: Measured([2.0, 3.0], 1e6, 9.3e5, 9e5)}, None: {BEST: Measured([0.5])}}
     assert read_record(tmp_path / "links.json") == {}
     write_record(tmp_path / "links.json", measured)
     assert read_record(tmp_path / "links.json") == measured
@@ -77,7 +77,7 @@ def test_targets_are_judged_at_their_rates() -> None:
     sent = sent_bytes(PLANS["DiLoCo, 32"], 4, 32)
     by_way = {
         INDEPENDENT: Measured([0.9]),
-        "DiLoCo, 32": Measured([1.0], wire_bytes=1.06 * sent),
+        "DiLoCo, 32": Measured([1.0], wire_bytes=1.06 * sent, data_bytes=1.01 * sent),
         "every step": Measured([2.0]),
         "local SGD, 1": Measured([2.08]),
     }
@@ -86,6 +86,7 @@ def test_targets_are_judged_at_their_rates() -> None:
         "100 Mbit/s: DiLoCo, 32, of the step without communication": True,
         "100 Mbit/s: every=1 over every step": True,
         "100 Mbit/s: DiLoCo, 32, bytes on the wire over the formula": False,
+        "100 Mbit/s: DiLoCo, 32, without headers over the formula": True,
     }
 
 

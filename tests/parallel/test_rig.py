@@ -28,10 +28,13 @@ for _ in range(100):
 
 
 def use_and_leave() -> None:
-    with Rig(hosts=2, rate_mbit=100) as rig:
+    with Rig(hosts=2, rate_mbit=100, mtu=9000) as rig:
         assert rig.run(0, "hostname") != rig.run(1, "hostname")
+        assert "mtu 9000" in rig.run(0, "ip", "link", "show", "eth0")
         rig.run(0, sys.executable, "-c", SEND)
-        assert rig.bytes_sent()[0] >= 100_000
+        sent = rig.sent()[0]
+        assert sent.total_bytes >= 100_000
+        assert sent.packets >= 100
         raise KeyboardInterrupt
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 
@@ -11,6 +10,7 @@ from ci.bench.relaxed_plans import INDEPENDENT, POST_LOCAL
 from ci.bench.workers.ranks import digest, leave_result, mean_seconds, meet
 from ci.bench.workers.relaxed_ways import first_model, join
 from ci.bench.workers.torch_step import random_batch
+from ci.rig import Traffic
 
 WARMUP_STEPS = 2
 
@@ -30,7 +30,7 @@ def main() -> None:
     for _ in range(WARMUP_STEPS):
         step()
     trainer.flush()  # a round of everything: connections are open and memory is there
-    wire, counted = _wire_bytes(), trainer.metrics().get("bytes_sent", 0.0)
+    before, counted = Traffic.sent_here(), trainer.metrics().get("bytes_sent", 0.0)
     first_steps = trainer.period if trainer.overlap else 0
     for _ in range(first_steps):
         step()  # what is on its way at the end is on its way at the beginning, too
@@ -40,20 +40,16 @@ def main() -> None:
         with trainer.evaluating():
             pass  # waits for what is on its way, and sends nothing
     timed_part = options.steps / (first_steps + options.steps)
+    sent = Traffic.sent_here().since(before)  # nothing on a machine that is no host of the rig
     facts = {
-        "wire_bytes": (_wire_bytes() - wire) * timed_part,
+        "wire_bytes": sent.total_bytes * timed_part,
+        "data_bytes": sent.data_bytes * timed_part,
         "counted_bytes": (trainer.metrics().get("bytes_sent", 0.0) - counted) * timed_part,
     }
     trainer.flush()  # so that ranks can be compared
     kept_in_step = options.way not in (INDEPENDENT, POST_LOCAL)
     weights = digest(p.detach().numpy() for p in model.parameters()) if kept_in_step else None
     leave_result(trainer.rank, weights, facts, step=seconds)
-
-
-def _wire_bytes() -> int:
-    """What this host has put on its link; 0 on a machine that is no host of the rig."""
-    lines = [line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("eth0:")]
-    return int(lines[0].split(":")[1].split()[8]) if lines else 0
 
 
 if __name__ == "__main__":
