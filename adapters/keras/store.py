@@ -42,6 +42,9 @@ class VariableList:
             self._store.set(self._places[position], values[start:stop].reshape(self.specs[position].shape))
             start = stop
 
+    def view(self, position: int, writes: bool = False) -> np.ndarray | None:
+        return None
+
 
 class KerasStore:
     """What rounds touch of a Keras model.

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from hvdscale.sync.tensors import Role, Tensors, TensorSpec
@@ -21,6 +22,7 @@ class TensorList:
     def __init__(self, entries: Sequence[tuple[TensorSpec, Tensor | None]]) -> None:
         self.specs = [spec for spec, _ in entries]
         self._tensors = [tensor for _, tensor in entries]
+        self._flat: dict[int, tuple[int, np.ndarray]] = {}  # by position: its address, and the tensor as an array
 
     @torch.no_grad()
     def read(self, positions: Sequence[int], out: np.ndarray) -> None:
@@ -35,6 +37,20 @@ class TensorList:
         for tensor, part in self._beside(positions, values):
             if tensor is not None:
                 tensor.copy_(part.view(tensor.shape))  # in place: whoever holds the tensor goes on holding it
+
+    def view(self, position: int, writes: bool = False) -> np.ndarray | None:
+        tensor = self._tensors[position]
+        if tensor is None:
+            return None
+        lies_at, flat = self._flat.get(position, (0, None))
+        if flat is None or lies_at != tensor.data_ptr():
+            if not _lies_flat(tensor):
+                return None
+            flat = tensor.detach().numpy().reshape(-1)
+            self._flat[position] = tensor.data_ptr(), flat  # which keeps the memory, so the address stays its own
+        if writes:
+            increment_version(tensor)  # autograd notices, as it does with copies
+        return flat
 
     def _beside(self, positions: Sequence[int], flat: np.ndarray) -> list[tuple[Tensor | None, Tensor]]:
         parts = torch.from_numpy(flat).split([self.specs[p].size for p in positions])
@@ -86,6 +102,12 @@ class TorchStore:
 
     def lr(self) -> float:
         return float(self._optimizer.param_groups[0]["lr"])
+
+
+def _lies_flat(tensor: Tensor) -> bool:
+    """Whether it is float32 without gaps in the host's memory, and nothing but a tensor."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return plain and tensor.device.type == "cpu" and tensor.dtype is torch.float32 and tensor.is_contiguous()
 
 
 def _spec(name: str, tensor: Tensor, role: Role) -> TensorSpec:

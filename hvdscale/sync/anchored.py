@@ -9,7 +9,7 @@ import numpy as np
 from hvdscale.sync.exchange import Exchange
 from hvdscale.sync.fragments import Fragment
 from hvdscale.sync.header import Meeting, Phase
-from hvdscale.sync.part import Departure, Found, Part, pieces, square_in_float64
+from hvdscale.sync.part import Departure, Found, Part, Run, square_in_float64
 from hvdscale.sync.tensors import Tensors
 from hvdscale.update import Outer
 from hvdscale.update.outer import Float32s
@@ -53,14 +53,11 @@ class Anchored(Part):
     def depart(self, out: Float32s, travels: bool) -> Departure:
         weights = np.empty_like(out) if travels or self._mixing < 1 else None
         square = 0.0
-        for positions, place in self.runs:
-            self._read(positions, place, out)
-            for piece in pieces(place):
-                values = out[piece]
-                if weights is not None:
-                    weights[piece] = values
-                np.subtract(self.anchor[piece], values, out=values)
-                square += float(np.dot(values, values))
+        for piece, own in self.own(out):
+            if weights is not None:
+                weights[piece] = own
+            change = np.subtract(self.anchor[piece], own, out=out[piece])
+            square += float(np.dot(change, change))
         if not np.isfinite(square):
             square = square_in_float64(out)
         if np.isfinite(square):
@@ -72,49 +69,54 @@ class Anchored(Part):
         mean, ratio = departure.values, lr / self.lr if self.lr > 0 else 1.0
         mean_square = anchor_square = 0.0
         factor = self.exchange.factor(meeting)
-        for positions, place in self.runs:
-            for piece in pieces(place):
+        for run in self.runs:
+            here = self._view(run, writes=True) if departure.weights is None else None
+            for piece, inside in run.pieces:
                 change, anchor = mean[piece], self.anchor[piece]
                 if factor != 1:
                     change *= factor
                 mean_square += float(np.dot(change, change))
                 self._outer.step(anchor, change, {name: slot[piece] for name, slot in self.slots.items()}, ratio)
                 anchor_square += float(np.dot(anchor, anchor))
-            if departure.weights is None:
-                self._write(positions, place, self.anchor)
-            else:
-                self._merge(positions, place, departure.weights, mean)
+                if here is not None:
+                    here[inside] = anchor
+            if departure.weights is not None:
+                self._merge(run, departure.weights, mean)
+            elif here is None:
+                self._write(run, self.anchor)
         self.lr = lr
         distance = max(0.0, meeting.mean_square - mean_square)
         return Found(distance, (distance / anchor_square) ** 0.5 if anchor_square else 0.0)
 
     def take(self, mean: Float32s, factor: np.float32) -> None:
         """Hold the weights that lie ``factor * mean`` before the anchor, which stays; overwrites ``mean``."""
-        for positions, place in self.runs:
-            mean[place] *= factor
-            np.subtract(self.anchor[place], mean[place], out=mean[place])
-            self._write(positions, place, mean)
+        for run in self.runs:
+            for piece, _ in run.pieces:
+                moved = mean[piece]
+                moved *= factor
+                np.subtract(self.anchor[piece], moved, out=moved)
+            self._write(run, mean)
 
     def restore(self) -> bool:
         values = np.empty_like(self.anchor)
         self.read(values)
         if np.isfinite(values).all():
             return False
-        for positions, place in self.runs:
-            self._write(positions, place, self.anchor)
+        for run in self.runs:
+            self._write(run, self.anchor)
         self.samples = self.since = 0.0  # nothing was learnt
         return True
 
     def finish(self) -> None:
-        for positions, place in self.runs:  # merging had rounded
-            self._write(positions, place, self.anchor)
+        for run in self.runs:  # merging had rounded
+            self._write(run, self.anchor)
 
     def shared(self) -> Float32s:
         return self.anchor
 
-    def _merge(self, positions: tuple[int, ...], place: slice, departed: Float32s, now: Float32s) -> None:
+    def _merge(self, run: Run, departed: Float32s, now: Float32s) -> None:
         """``weights + mixing * (anchor - departed)``: what was learnt while the fragment travelled stays."""
-        self._read(positions, place, now)
-        for piece in pieces(place):
+        self._read(run, now)
+        for piece, _ in run.pieces:
             now[piece] += self._mixing * (self.anchor[piece] - departed[piece])
-        self._write(positions, place, now)
+        self._write(run, now)

@@ -85,55 +85,28 @@ class Mean:
         self.add_exactly(values[self._coded :], shares)
         if not self._coded:
             return
-        mine = bool(shares[self._channel.rank])
-        coded = values[: self._coded]
-        if mine:
-            coded += self.residual
-        else:
-            coded[:] = 0
-        if self._codec.way == "gather":
-            self._gather(coded, shares, keep=mine)
-        else:
-            self._scatter(coded, shares, keep=mine)
+        way = self._gather if self._codec.way == "gather" else self._scatter
+        way(values[: self._coded], shares, votes=bool(shares[self._channel.rank]))
 
-    def _gather(self, values: Float32s, shares: Float64s, keep: bool) -> None:
-        code = self._codec.encode(values)
-        everyone = self._channel.allgather(code)
-        theirs = np.empty_like(values)
-        if keep:
-            self._codec.decode(code, theirs)
-            np.subtract(values, theirs, out=self.residual)
+    def _gather(self, values: Float32s, shares: Float64s, votes: bool) -> None:
+        code = np.zeros(self._codec.size(values.size), np.uint8)
+        if votes:
+            self._codec.take(self.residual, values, code)
         values[:] = 0
-        for share, row in zip(shares, everyone, strict=True):
+        for share, theirs in zip(shares, self._channel.allgather(code), strict=True):
             if share:
-                self._codec.decode(row, theirs)
-                theirs *= np.float32(share)
-                values += theirs
+                self._codec.add(theirs, np.float32(share), values)
 
-    def _scatter(self, values: Float32s, shares: Float64s, keep: bool) -> None:
-        codes = np.empty((self._channel.size, self._codec.size(self._share)), np.uint8)
-        part, total = np.empty(self._share, np.float32), np.zeros(self._share, np.float32)
-        for rank, code in enumerate(codes):
-            mine = self._for(rank, values)
-            total[: mine.size], total[mine.size :] = mine, 0
-            code[:] = self._codec.encode(total)
-            if keep:
-                self._codec.decode(code, part)
-                np.subtract(mine, part[: mine.size], out=self._for(rank, self.residual))
-        received = self._channel.alltoall(codes)
-        total[:] = self.residual_of_sum
-        for share, code in zip(shares, received, strict=True):
+    def _scatter(self, values: Float32s, shares: Float64s, votes: bool) -> None:
+        codes = np.zeros((self._channel.size, self._codec.size(self._share)), np.uint8)
+        for rank, code in enumerate(codes if votes else ()):
+            self._codec.take(self._for(rank, self.residual), self._for(rank, values), code)
+        for share, theirs in zip(shares, self._channel.alltoall(codes), strict=True):
             if share:
-                self._codec.decode(code, part)
-                part *= np.float32(share)
-                total += part
-        sums = self._codec.encode(total)
-        self._codec.decode(sums, part)
-        np.subtract(total, part, out=self.residual_of_sum)
-        for rank, code in enumerate(self._channel.allgather(sums)):
-            self._codec.decode(code, part)
-            theirs = self._for(rank, values)
-            theirs[:] = part[: theirs.size]
+                self._codec.add(theirs, np.float32(share), self.residual_of_sum)
+        self._codec.take(self.residual_of_sum, None, codes[0])
+        for rank, sums in enumerate(self._channel.allgather(codes[0])):
+            self._codec.decode(sums, self._for(rank, values))
 
     def _for(self, rank: int, values: Float32s) -> Float32s:
         """The share of ``values`` that ``rank`` adds up; the last ranks' may be shorter, or empty."""

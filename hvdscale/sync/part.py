@@ -6,7 +6,7 @@ A round goes over the fragment block by block, so that a value is loaded once on
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,25 @@ from hvdscale.update.outer import Float32s, blocks
 __all__ = ["Departure", "Found", "Part"]
 
 
-Run = tuple[tuple[int, ...], slice]
+_RUN = 1 << 16  # values copied at once, at least: calls of a framework cost, too
 
-_RUN = 1 << 16  # values read or written at once, at least: calls of a framework cost, too
+
+@dataclass(frozen=True)
+class Run:
+    """What is read and written at once: the tensors at ``positions`` in the registry, at ``place`` in the fragment.
+
+    ``pieces`` stay in the cache: where each lies in the fragment, and where in the run.
+    """
+
+    positions: tuple[int, ...]
+    place: slice
+    pieces: tuple[tuple[slice, slice], ...]
+
+    @classmethod
+    def of(cls, positions: Sequence[int], place: slice) -> Run:
+        start = place.start
+        cut = ((slice(start + b.start, start + b.stop), b) for b in blocks(place.stop - start))
+        return cls(tuple(positions), place, tuple(cut))
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +65,8 @@ class Found:
 class Part(ABC):
     """One fragment on this rank. All arithmetic is in float32.
 
-    ``runs`` are small tensors together and large ones alone, ``(positions in the registry, place in the fragment)``.
+    Tensors that lie in the host's memory as float32 are worked on where they are, each a run. The others are copied:
+    small ones together, large ones alone.
     Where parameters are kept in fewer bits, ``rounding`` is what writing them lost, so that a rank that learnt
     nothing says so.
     """
@@ -119,34 +136,64 @@ class Part(ABC):
 
     def read(self, out: Float32s) -> None:
         """This rank's weights, with what rounding lost."""
-        for positions, place in self.runs:
-            self._read(positions, place, out)
+        for run in self.runs:
+            self._read(run, out)
+
+    def own(self, out: Float32s) -> Iterator[tuple[slice, Float32s]]:
+        """This rank's weights, with what rounding lost: ``(place in the fragment, values)``, a piece at a time.
+
+        Values may be the tensor itself, or lie at their place in ``out``, float32[n].
+        """
+        for run in self.runs:
+            values = self._view(run)
+            if values is None:
+                self._read(run, out)
+                values = out[run.place]
+            for piece, inside in run.pieces:
+                yield piece, values[inside]
 
     def _runs(self) -> Iterator[Run]:
         positions: list[int] = []
         start = 0
         for position, place in self.tensors():
-            positions.append(position)
-            if place.stop - start >= _RUN or place.stop == self.fragment.size:
-                yield tuple(positions), slice(start, place.stop)
-                positions, start = [], place.stop
+            alone = place.stop - place.start >= _RUN or self._weights.view(position) is not None
+            if positions and (alone or place.start - start >= _RUN):
+                yield Run.of(positions, slice(start, place.start))
+                positions, start = [], place.start
+            if alone:
+                yield Run.of([position], place)
+                start = place.stop
+            else:
+                positions.append(position)
+        if positions:
+            yield Run.of(positions, slice(start, self.fragment.size))
 
-    def _read(self, positions: tuple[int, ...], place: slice, out: Float32s) -> None:
-        self._weights.read(positions, out[place])
+    def _view(self, run: Run, writes: bool = False) -> Float32s | None:
+        """The weights of ``run`` where they lie; ``None``: read and write them."""
+        return (
+            self._weights.view(run.positions[0], writes) if self.rounding is None and len(run.positions) == 1 else None
+        )
+
+    def _read(self, run: Run, out: Float32s) -> None:
+        """Write the weights of ``run``, with what rounding lost, to their place in ``out``."""
+        here = self._view(run)
+        if here is not None:
+            out[run.place] = here
+            return
+        self._weights.read(run.positions, out[run.place])
         if self.rounding is not None:
-            out[place] -= self.rounding[place]
+            out[run.place] -= self.rounding[run.place]
 
-    def _write(self, positions: tuple[int, ...], place: slice, values: Float32s) -> None:
-        """Write ``values[place]``."""
-        self._weights.write(positions, values[place])
+    def _write(self, run: Run, values: Float32s) -> None:
+        """``run`` becomes what lies at its place in ``values``."""
+        here = self._view(run, writes=True)
+        if here is not None:
+            here[:] = values[run.place]
+            return
+        self._weights.write(run.positions, values[run.place])
         if self.rounding is not None:
-            self._weights.read(positions, self.rounding[place])
-            self.rounding[place] -= values[place]
-
-
-def pieces(place: slice) -> Iterator[slice]:
-    """``place`` in blocks that stay in the cache."""
-    return (slice(place.start + b.start, place.start + b.stop) for b in blocks(place.stop - place.start))
+            self._weights.read(run.positions, self.rounding[run.place])
+            self.rounding[run.place] -= values[run.place]
 
 
 def square_in_float64(values: Float32s) -> float:

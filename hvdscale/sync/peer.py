@@ -8,7 +8,7 @@ import numpy as np
 
 from hvdscale.sync.fragments import Fragment
 from hvdscale.sync.header import Meeting, Phase
-from hvdscale.sync.part import Departure, Found, Part, pieces, square_in_float64
+from hvdscale.sync.part import Departure, Found, Part, square_in_float64
 from hvdscale.sync.push_sum import Neighbours
 from hvdscale.sync.tensors import Tensors
 from hvdscale.update.outer import Float32s
@@ -40,8 +40,10 @@ class Peer(Part):
         return 0.0 if silent else self.mass
 
     def depart(self, out: Float32s, travels: bool) -> Departure:
-        self.read(out)
-        square = float(np.dot(out, out))
+        square = 0.0
+        for run in self.runs:
+            self._read(run, out)
+            square += sum(float(np.dot(out[piece], out[piece])) for piece, _ in run.pieces)
         if not np.isfinite(square):
             square = square_in_float64(out)
         if not np.isfinite(square):
@@ -53,15 +55,16 @@ class Peer(Part):
         mixed, norm = departure.values, 0.0
         now = None if departure.weights is None else np.empty_like(mixed)
         mass = self.exchange.mass(meeting)
-        for positions, place in self.runs:
-            for piece in pieces(place):
+        for run in self.runs:
+            for piece, _ in run.pieces:
                 norm += float(np.dot(mixed[piece], mixed[piece]))
             if departure.weights is not None and now is not None:  # what was learnt while it travelled stays
-                self._read(positions, place, now)
-                now[place] -= departure.weights[place]
-                mixed[place] += now[place]
+                self._read(run, now)
+                for piece, _ in run.pieces:
+                    now[piece] -= departure.weights[piece]
+                    mixed[piece] += now[piece]
             if mass or departure.finite:
-                self._write(positions, place, mixed)
+                self._write(run, mixed)
         self.mass, self.apart, self.spread = mass, not meeting.finishing, self.exchange.spread
         # What the ranks found at the round before, so that all say the same.
         relative = meeting.mean_square

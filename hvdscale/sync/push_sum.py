@@ -117,9 +117,15 @@ class Neighbours:
         moved = norm = 0.0
         for block in blocks(values.size):
             # Differences: where all hold the same, nothing moves by a rounded weight.
-            change = sum(np.float32(mass / total) * (theirs[block] - values[block]) for mass, theirs in heard)
-            if heard:
-                values[block] += change
-                moved += float(np.dot(change, change))
-            norm += float(np.dot(values[block], values[block]))
+            own, changes = values[block], [theirs[block] for _, theirs in heard]
+            for (weight, _), change in zip(heard, changes, strict=True):
+                change -= own
+                change *= np.float32(weight / total)
+            if changes:
+                first, *others = changes
+                for other in others:
+                    first += other
+                own += first
+                moved += float(np.dot(first, first))
+            norm += float(np.dot(own, own))
         return moved, norm

@@ -46,6 +46,13 @@ class Tensors(Protocol):
         """Copy float32[n] into the tensors at ``positions``, in place and rounded to their dtype."""
         ...
 
+    def view(self, position: int, writes: bool = False) -> Float32s | None:
+        """The tensor itself as float32[n], if that is how it lies in the host's memory.
+
+        It is good until the inner optimizer's next step. ``writes``: the caller will change it.
+        """
+        ...
+
 
 class Store(Protocol):
     """Everything of one optimizer's model that rounds touch."""
@@ -90,3 +97,6 @@ class NoTensors:
 
     def write(self, positions: Sequence[int], values: Float32s) -> None:
         pass
+
+    def view(self, position: int, writes: bool = False) -> Float32s | None:
+        return None

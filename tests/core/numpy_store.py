@@ -37,6 +37,10 @@ class NumPyTensors:
             array[...] = values[start : start + array.size].reshape(array.shape)
             start += array.size
 
+    def view(self, position: int, writes: bool = False) -> Array | None:
+        array = self._arrays[position]
+        return array.reshape(-1) if array.dtype == np.float32 and array.flags.c_contiguous else None
+
 
 @dataclass
 class NumPyStore:

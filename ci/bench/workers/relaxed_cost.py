@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ci.bench.mirror import Mirror
-from ci.bench.relaxed_cost import PLANS
+from ci.bench.relaxed_cost import ADD, PASS, PLANS
 from ci.bench.workers.ranks import leave_result
 from ci.bench.workers.torch_step import GPT
 
@@ -41,7 +41,14 @@ def main() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     size = sum(p.numel() for p in model.parameters())
     weights, change = np.ones(size, np.float32), np.ones(size, np.float32)
-    figures = {"pass": cpu_seconds(lambda: np.subtract(weights, change, out=weights))}
+    gradients = [torch.ones_like(p) for p in model.parameters()]
+
+    def add() -> None:
+        with torch.no_grad():
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter.add_(gradient, alpha=-1e-6)
+
+    figures = {PASS: cpu_seconds(lambda: np.subtract(weights, change, out=weights)), ADD: cpu_seconds(add)}
     for name, plan in PLANS.items():
         rounds = Rounds(plan, TorchStore(optimizer, list(model.named_parameters()), None), Mirror())
         rounds.before_step()

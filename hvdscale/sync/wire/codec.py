@@ -39,10 +39,17 @@ class Codec(Protocol):
         """Bytes of the code of ``n`` values."""
         ...
 
-    def encode(self, values: Float32s) -> Bytes:
-        """uint8[size(n)]. ``values`` float32[n], finite; left as they are."""
+    def take(self, kept: Float32s, more: Float32s | None, out: Bytes) -> None:
+        """Code ``kept + more`` into ``out``, uint8[size(m)] with m >= n, zero beyond n; ``kept`` keeps what was lost.
+
+        Both are float32[n] and finite.
+        """
         ...
 
     def decode(self, data: Bytes, out: Float32s) -> None:
-        """Write the values of ``data`` to ``out``, float32[n]."""
+        """Write the first n values of ``data`` to ``out``, float32[n]."""
+        ...
+
+    def add(self, data: Bytes, share: np.float32, out: Float32s) -> None:
+        """Add the first n values of ``data``, ``share`` times each, to ``out``, float32[n]."""
         ...

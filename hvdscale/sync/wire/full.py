@@ -28,8 +28,15 @@ class Full:
     def size(self, n: int) -> int:
         return 4 * n
 
-    def encode(self, values: Float32s) -> Bytes:
-        return values.view(np.uint8)
+    def take(self, kept: Float32s, more: Float32s | None, out: Bytes) -> None:
+        if more is not None:
+            kept += more
+        values = out.view(np.float32)
+        values[: kept.size], values[kept.size :] = kept, 0
+        kept[:] = 0
 
     def decode(self, data: Bytes, out: Float32s) -> None:
-        out.view(np.uint8)[:] = data
+        out[:] = data.view(np.float32)[: out.size]
+
+    def add(self, data: Bytes, share: np.float32, out: Float32s) -> None:
+        out += share * data.view(np.float32)[: out.size]

@@ -3,66 +3,54 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
+from hvdscale.sync.wire.blockwise import Blockwise
 from hvdscale.sync.wire.codec import Bytes
-from hvdscale.update.outer import Float32s, blocks
+from hvdscale.update.outer import Float32s
 
 __all__ = ["BrainHalf", "Half"]
 
-_LARGEST = float(np.finfo(np.float16).max)
-_MAGNITUDE = np.uint32(0x7FFFFFFF)  # all bits but the sign
-_LARGEST_BRAIN_HALF = np.uint32(0x7F7FFFFF)
+_LARGEST = np.float32(np.finfo(np.float16).max)
+_LARGEST_BRAIN_HALF = np.array(0x7F7F0000, np.uint32).view(np.float32)[()]
+_LOW_BITS = np.uint32(16)  # those of a float32 that bfloat16 lacks
+
+
+class _TwoBytes(Blockwise):
+    @property
+    def unit(self) -> int:
+        return 1
+
+    def size(self, n: int) -> int:
+        return 2 * n
 
 
 @dataclass(frozen=True)
-class Half:
+class Half(_TwoBytes):
     """float16. Larger values than it holds are sent as its largest; error feedback sends the rest."""
 
-    @property
-    def way(self) -> Literal["scatter"]:
-        return "scatter"
+    def _write(self, values: Float32s, data: Bytes, block: slice) -> None:
+        data.view(np.float16)[block] = np.clip(values, -_LARGEST, _LARGEST)
 
-    @property
-    def unit(self) -> int:
-        return 1
-
-    def size(self, n: int) -> int:
-        return 2 * n
-
-    def encode(self, values: Float32s) -> Bytes:
-        return np.clip(values, -_LARGEST, _LARGEST).astype(np.float16).view(np.uint8)
-
-    def decode(self, data: Bytes, out: Float32s) -> None:
-        out[:] = data.view(np.float16)
+    def _read(self, data: Bytes, block: slice, out: Float32s) -> None:
+        out[:] = data.view(np.float16)[block]
 
 
 @dataclass(frozen=True)
-class BrainHalf:
-    """bfloat16, rounded to nearest, ties to even."""
+class BrainHalf(_TwoBytes):
+    """bfloat16, rounded to nearest, ties to even. Larger values than it holds are sent as its largest."""
 
-    @property
-    def way(self) -> Literal["scatter"]:
-        return "scatter"
+    def _write(self, values: Float32s, data: Bytes, block: slice) -> None:
+        bits = np.clip(values, -_LARGEST_BRAIN_HALF, _LARGEST_BRAIN_HALF).view(np.uint32)
+        odd = bits >> _LOW_BITS
+        odd &= np.uint32(1)
+        bits += odd
+        bits += np.uint32(0x7FFF)
+        bits >>= _LOW_BITS
+        data.view(np.uint16)[block] = bits
 
-    @property
-    def unit(self) -> int:
-        return 1
-
-    def size(self, n: int) -> int:
-        return 2 * n
-
-    def encode(self, values: Float32s) -> Bytes:
-        codes = np.empty(values.size, np.uint16)
-        for block in blocks(values.size):
-            bits = values[block].view(np.uint32)
-            even = (bits >> np.uint32(16)) & np.uint32(1)
-            # Values beyond bfloat16's largest would round up to infinity: they stay one step below.
-            rounded = np.minimum((bits & _MAGNITUDE) + np.uint32(0x7FFF) + even, _LARGEST_BRAIN_HALF)
-            codes[block] = (rounded | (bits & ~_MAGNITUDE)) >> np.uint32(16)
-        return codes.view(np.uint8)
-
-    def decode(self, data: Bytes, out: Float32s) -> None:
-        out.view(np.uint32)[:] = data.view(np.uint16).astype(np.uint32) << np.uint32(16)
+    def _read(self, data: Bytes, block: slice, out: Float32s) -> None:
+        bits = out.view(np.uint32)
+        bits[:] = data.view(np.uint16)[block]
+        bits <<= _LOW_BITS

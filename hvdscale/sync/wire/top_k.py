@@ -33,15 +33,22 @@ class TopK:
     def size(self, n: int) -> int:
         return 8 * self._count(n)
 
-    def encode(self, values: Float32s) -> Bytes:
-        count = self._count(values.size)
-        places = np.sort(np.argpartition(np.abs(values), values.size - count)[values.size - count :])
-        return np.concatenate([places.astype(np.uint32).view(np.uint8), values[places].view(np.uint8)])
+    def take(self, kept: Float32s, more: Float32s | None, out: Bytes) -> None:
+        if more is not None:
+            kept += more
+        count = self._count(kept.size)
+        places = np.sort(np.argpartition(np.abs(kept), kept.size - count)[kept.size - count :])
+        out[: 4 * count].view(np.uint32)[:] = places
+        out[4 * count :].view(np.float32)[:] = kept[places]
+        kept[places] = 0
 
     def decode(self, data: Bytes, out: Float32s) -> None:
-        places, values = np.split(data, 2)
         out[:] = 0
-        out[places.view(np.uint32)] = values.view(np.float32)
+        self.add(data, np.float32(1), out)
+
+    def add(self, data: Bytes, share: np.float32, out: Float32s) -> None:
+        places, values = np.split(data, 2)
+        out[places.view(np.uint32)] += share * values.view(np.float32)  # no place comes twice
 
     def _count(self, n: int) -> int:
         return min(n, max(1, round(n * self.fraction)))
