@@ -1,11 +1,18 @@
-"""What the tests of sharded models share: the meshes of the ranks there are."""
+"""What the tests of sharded models share: the meshes of the ranks there are, and plans along the data axis."""
 
 from __future__ import annotations
 
 from hvdscale.model import Mesh
 from hvdscale.runtime.launch import read_launch
+from hvdscale.sync import LocalPlan, LocalSGD
 
-__all__ = ["meshes"]
+__all__ = ["ALONG_DATA", "meshes"]
+
+# In which copies of a sharded model meet, by a word for the test's name.
+ALONG_DATA: dict[str, LocalPlan] = {
+    "LocalSGD": LocalSGD(2),
+    "warm-up, overlap": LocalSGD(3, warmup=2, fragments=2, overlap=1),
+}
 
 
 def meshes(*axes: str, split: bool = False) -> list[Mesh]:

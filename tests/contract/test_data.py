@@ -14,7 +14,7 @@ from hvdscale.data import ShardPlan, add_sums
 from hvdscale.errors import PlanError, StateError
 from tests.contract.data import all_numbers, batches_of, everyones, one_pass
 from tests.contract.driver import ContractDriver
-from tests.core.real_text import document_lengths
+from tests.core.real_text import drawn_lengths
 
 N = 120
 NAMES = ("BalancedPlan", "ShardPlan", "ShardStream", "pack", "shard_dataset", "split", "verify_epoch")
@@ -122,8 +122,8 @@ def test_exactly_once_over_epochs_and_stops_with_other_numbers_of_shards(
         assert add_sums(map(int, itertools.chain(*sums))) == plan.certificate()
 
 
-def test_ranks_finish_together_on_real_documents(driver: ContractDriver, hvd: Any, rank: int, size: int) -> None:
-    lengths, quadratic, batch_size = np.minimum(document_lengths(), 16384), 1 / 4608, 16  # a width of 768
+def test_ranks_finish_together_on_unlike_documents(driver: ContractDriver, hvd: Any, rank: int, size: int) -> None:
+    lengths, quadratic, batch_size = np.minimum(drawn_lengths(), 16384), 1 / 4608, 16  # a width of 768
     plain = hvd.ShardPlan(len(lengths), size, seed=1, tail="drop")
     worst = {}
     for name, plan in (("plain", plain), ("balanced", hvd.BalancedPlan(plain, lengths, quadratic=quadratic))):
@@ -138,7 +138,7 @@ def test_ranks_finish_together_on_real_documents(driver: ContractDriver, hvd: An
 
 
 def test_packed_blocks_are_read_whole(driver: ContractDriver, hvd: Any, rank: int, size: int) -> None:
-    lengths = document_lengths()[:400]
+    lengths = drawn_lengths()[:400]
     packing, tokens = hvd.pack(lengths, 8192), np.arange(lengths.sum())
     assert packing.report().waste <= 0.02
     assert len(set(everyones(driver, packing.digest))) == 1

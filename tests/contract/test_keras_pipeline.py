@@ -27,6 +27,7 @@ from tests.contract.keras_pipelines import (
     tokens,
     vectors,
 )
+from tests.contract.sharding import ALONG_DATA
 
 WAYS: dict[str, dict[str, Any]] = {
     "gpipe": {"schedule": "gpipe"},
@@ -414,12 +415,6 @@ def test_a_layer_that_adds_a_loss_is_refused_on_every_rank(driver: Any, size: in
     for _ in range(2):  # and again, though a graph is traced once
         with pytest.raises(hvd.PlanError, match="adds a loss of its own, which a pipeline does not count"):
             sharded.train_step(x, y)
-
-
-ALONG_DATA: dict[str, Any] = {
-    "LocalSGD": hvd.LocalSGD(2),
-    "warm-up, overlap": hvd.LocalSGD(3, warmup=2, fragments=2, overlap=1),
-}
 
 
 @pytest.mark.parametrize("plan", ALONG_DATA)

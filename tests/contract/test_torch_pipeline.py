@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import hvdscale.torch as hvd
+from tests.contract.sharding import ALONG_DATA
 from tests.contract.torch_pipelines import MODELS, SAMPLES, SEED, alone, fresh, plain, tokens, vectors
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb")
@@ -273,14 +274,10 @@ def test_copies_of_a_pipeline_train_on_their_own_data(rank: int, size: int) -> N
     check_state(sharded, whole, 1e-5)
 
 
-ALONG_DATA: dict[str, Any] = {
-    "LocalSGD": hvd.LocalSGD(2),
-    "warm-up, overlap": hvd.LocalSGD(3, warmup=2, fragments=2, overlap=1),
-    "server": hvd.ParameterServer(0, every=2),
-}
+PLANS = {**ALONG_DATA, "server": hvd.ParameterServer(0, every=2)}
 
 
-@pytest.mark.parametrize("plan", ALONG_DATA)
+@pytest.mark.parametrize("plan", PLANS)
 def test_copies_of_a_pipeline_meet_in_rounds(rank: int, size: int, plan: str) -> None:
     """dp = 2: each copy trains on its own data, and each stage meets its twin; a shared weight stays one."""
     if size % 2:
@@ -289,7 +286,7 @@ def test_copies_of_a_pipeline_meet_in_rounds(rank: int, size: int, plan: str) ->
     model = MODELS["tied"]
     sharded = hvd.shard_model(fresh("tied"), mesh, loss=model.loss, microbatches=2, seed=SEED)
     optimizer = hvd.DistributedOptimizer(
-        torch.optim.SGD(sharded.parameters(), 0.1, momentum=0.5), model=sharded, sync=ALONG_DATA[plan]
+        torch.optim.SGD(sharded.parameters(), 0.1, momentum=0.5), model=sharded, sync=PLANS[plan]
     )
     wholes = [fresh("tied") for _ in range(2)]
     plain_optimizers = [torch.optim.SGD(whole.parameters(), 0.1, momentum=0.5) for whole in wholes]
