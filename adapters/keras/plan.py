@@ -76,9 +76,7 @@ class Distribution:
         )
         agreement.check(reduction if not lists else replace(reduction, groups=()))
         if isinstance(agreement, LocalPlan) and compression is not verbs.hvd.Compression.none:
-            raise PlanError(
-                'Rounds have a wire format of their own. Leave compression out, and say wire="fp16" in the plan.'
-            )
+            agreement.refuse_compression()
         return cls(reduction, lists, compression, process_set, average_passes, scale_local, name, agreement)
 
     @property

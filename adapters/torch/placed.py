@@ -116,7 +116,7 @@ class PlacedUpdate:
             return
         self._kept, self._flushed = None, False
         cut_state(self._optimizer, self._slices, self._parameters)
-        self._slices.load(self._reducer.parts)
+        self._slices.load()
         held = self._slices.by_parameter
         self._groups = [group["params"] for group in self._optimizer.param_groups]
         for group in self._optimizer.param_groups:

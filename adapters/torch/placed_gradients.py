@@ -93,6 +93,12 @@ class PlacedGradient(Tensor):
         """The whole reduced gradient, on every rank. Collective."""
         return self.home.whole(self)
 
+    def numpy(self, *_: Any, **__: Any) -> Any:
+        raise PlanError(_refusal("numpy", self))
+
+    def tolist(self) -> Any:
+        raise PlanError(_refusal("tolist", self))
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
@@ -150,8 +156,9 @@ def _refusal(func: Any, gradient: PlacedGradient | None) -> str:
     if name == "add_":
         return (
             f"The gradient of {gradient.owner if gradient is not None else 'a parameter'} is reduced, and this rank "
-            "holds part of it: another backward pass cannot add to it. Call optimizer.zero_grad() between steps; to "
-            "accumulate gradients pass backward_passes_per_step."
+            "holds part of it: neither another backward pass nor a script can add to it. Call optimizer.zero_grad() "
+            "between steps; to accumulate gradients pass backward_passes_per_step; to add something of your own assign "
+            "p.grad = p.grad.full_tensor() + ..., on every rank."
         )
     return (
         f"{name} of {gradient!r} would see this rank's part of the gradient alone. Scaling, clamping and norms work; "

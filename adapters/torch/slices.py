@@ -44,6 +44,16 @@ class Slice:
         """Whether what the optimizer writes is in the parameter at once."""
         return self.tensor.data_ptr() == self.parameter.data_ptr() + self.piece.start * self.parameter.element_size()
 
+    def gradient(self) -> Tensor | None:
+        """Its piece of the parameter's gradient: the reduced one, or a whole tensor that was assigned."""
+        given = self.parameter.grad
+        if given is None:
+            return None
+        if isinstance(given, PlacedGradient):
+            return given.part.view(self.tensor.shape)
+        flat = given.detach().to_dense().reshape(-1)
+        return flat[self.piece.start : self.piece.stop].to(self.tensor.dtype).view(self.tensor.shape)
+
     def refresh(self) -> None:
         """Take in weights that were written to the parameter since, such as a checkpoint's."""
         if self.in_place:
@@ -86,12 +96,11 @@ class Slices:
         return sorted(position for bucket in self.placement.buckets for position in bucket.tensors)
 
     @torch.no_grad()
-    def load(self, parts: dict[int, PlacedGradient]) -> None:
-        """Make the slices ready for a step, with their gradients."""
-        for position, held in self.by_position.items():
+    def load(self) -> None:
+        """Make the slices ready for a step, with what is in ``.grad`` now: a script may have put something there."""
+        for held in self.by_position.values():
             held.refresh()
-            gradient = parts.get(position)
-            held.tensor.grad = None if gradient is None else gradient.part.view(held.tensor.shape)
+            held.tensor.grad = held.gradient()
 
     def unload(self) -> None:
         """The step is over: let go of the gradients."""

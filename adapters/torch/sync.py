@@ -130,9 +130,7 @@ def DistributedOptimizer(
     )
     plan.check(reduction)
     if isinstance(plan, LocalPlan) and compression is not Compression.none:
-        raise PlanError(
-            'Rounds have a wire format of their own. Leave compression out, and say wire="fp16" in the plan.'
-        )
+        plan.refuse_compression()
     if reduction.op == "adasum":
         check_adasum(process_set)
     elif groups is None and not (isinstance(plan, EveryStep) and plan.placed):

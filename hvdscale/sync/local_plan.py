@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NoReturn
 
 from hvdscale.errors import PlanError
 from hvdscale.sync.reduction import Reduction
@@ -37,6 +37,13 @@ class LocalPlan:
                 f"{type(self).__name__} sends no gradients that gradient_predivide_factor={reduction.predivide} could "
                 "keep from overflowing. Leave it at 1.0; weights are added in float32."
             )
+
+    def refuse_compression(self) -> NoReturn:
+        """Raise PlanError: ``compression=`` is of gradients, and none are sent."""
+        raise PlanError(
+            f"{type(self).__name__} sends weights, and compression=... is of gradients. Leave it out; LocalSGD, DiLoCo "
+            'and SlowMo have wire="fp16" instead.'
+        )
 
     def facts(self) -> dict[str, object]:
         """What all ranks must agree on, by name."""

@@ -275,13 +275,34 @@ def test_what_a_gradient_says_is_true_of_the_whole_or_refused(rank: int, size: i
             torch.testing.assert_close(p.grad.norm(order), q.grad.norm(order), rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(p.grad.full_tensor(), q.grad)
     weight = model[0].weight
-    for wrong in (lambda: weight.grad.mean(), lambda: weight.grad + 1, lambda: weight.grad.add_(torch.ones(7, 3))):
-        with pytest.raises(hvd.PlanError, match=r"full_tensor|another backward pass"):
+    more = torch.ones(7, 3)
+    for wrong in (weight.grad.mean, lambda: weight.grad + 1, lambda: weight.grad.add_(more), weight.grad.numpy):
+        with pytest.raises(hvd.PlanError, match=r"full_tensor"):
             wrong()
     assert f"of {weight.numel()}" not in repr(weight.grad)
     assert "0.weight" in repr(weight.grad)
     with pytest.raises(hvd.PlanError, match="zero_grad"):
         loss_of(model, rank, 1).backward()
+
+
+@pytest.mark.parametrize("update", PLACED)
+def test_what_a_script_puts_into_grad_is_what_is_stepped_on(rank: int, update: str) -> None:
+    """Nothing, a tensor of its own, or the whole gradient and something more."""
+    ends = []
+    for kind in ("local", update):
+        model, optimizer = distributed("Adam", kind)
+        for step in range(3):
+            optimizer.zero_grad()
+            loss_of(model, rank, step).backward()
+            first, second, third, *_ = model.parameters()
+            first.grad = None
+            second.grad = torch.full_like(second, 0.1)
+            whole = third.grad.full_tensor() if hasattr(third.grad, "full_tensor") else third.grad
+            third.grad = whole + 0.2 * third.detach()
+            optimizer.step()
+        ends.append([p.detach().clone() for p in model.parameters()])
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("update", PLACED)
