@@ -18,6 +18,7 @@ from hvdscale.errors import DesyncError, PlanError
 from hvdscale.keras.backend import verbs
 from hvdscale.keras.keras_hooks import install_hooks
 from hvdscale.keras.lazy import give_value
+from hvdscale.keras.names import unique_names
 from hvdscale.keras.parallel_layers import (
     ColumnParallelDense,
     ColumnParallelEinsumDense,
@@ -31,7 +32,7 @@ from hvdscale.keras.parallel_layers import (
     sizes_of,
 )
 from hvdscale.keras.roles import Part, einsum_splits, find_parts, named_layers
-from hvdscale.keras.sharded import ShardedModel, unique_names
+from hvdscale.keras.sharded import ShardedModel
 from hvdscale.model.layout import Layout, Placement, Split
 from hvdscale.model.mesh import Mesh
 from hvdscale.model.rules import Rules, check_rules

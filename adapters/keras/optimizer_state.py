@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -12,6 +12,7 @@ from keras import ops
 
 from hvdscale.errors import StateError
 from hvdscale.keras.backend import verbs
+from hvdscale.keras.names import renumbered
 from hvdscale.keras.store import slots_of
 from hvdscale.model.positions import tell_optimizers
 
@@ -81,8 +82,15 @@ def _places(sharded: ShardedModel, optimizer: Any) -> list[_Place]:
     names = [sharded.name_of(variable) for variable in inner._trainable_variables]
     strange = [v.path for v, name in zip(inner._trainable_variables, names, strict=True) if name is None]
     error = f"The optimizer trains {strange[0]}, which is not of the sharded model." if strange else ""
-    ordered = [n for n in sharded.layout.names if n in names]  # Keras has the order of layers, which a stage may change
-    whole = tell_optimizers(sharded.layout, sharded.rank, verbs.control(), [ordered], {}, error).names
+    # Keras has the order of layers, which a stage may change; and it counts layers, which ranks may have more of.
+    plain = dict(zip(sharded.layout.names, renumbered(sharded.layout.names), strict=True))
+    ordered = [plain[name] for name in sharded.layout.names if name in names]
+    everyones = replace(
+        sharded.layout, placements=tuple(replace(p, name=plain[p.name]) for p in sharded.layout.placements)
+    )
+    told = tell_optimizers(everyones, sharded.rank, verbs.control(), [ordered], {}, error).names
+    here = {theirs: ours for ours, theirs in plain.items()}
+    whole = tuple(here[name] for name in told)
     twin = _twin(inner, whole, [sharded.layout[name].dtype for name in whole])
     theirs, slots = slots_of(twin), slots_of(inner)
     kept = {id(v): (slot, i) for slot, variables in theirs.items() for i, v in enumerate(variables)}

@@ -16,10 +16,11 @@ from hvdscale.keras.capture import capture, from_layers
 from hvdscale.keras.features import convert_layers, placements_of, splits_of, take_parts
 from hvdscale.keras.held import Held
 from hvdscale.keras.lazy import give_up, give_value
+from hvdscale.keras.names import renumbered, unique_names
 from hvdscale.keras.program import Program, Unit
 from hvdscale.keras.replicas import broadcast_variables, path_of
 from hvdscale.keras.roles import Part, find_parts, named_layers
-from hvdscale.keras.sharded import ShardedModel, renumbered, unique_names
+from hvdscale.keras.sharded import ShardedModel
 from hvdscale.keras.survey import measure, readings
 from hvdscale.model.batch import cut
 from hvdscale.model.layout import Layout, Split

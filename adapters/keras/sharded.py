@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,14 +12,13 @@ from keras import ops
 
 from hvdscale.errors import PlanError
 from hvdscale.keras.backend import verbs
+from hvdscale.keras.names import renumbered
 from hvdscale.keras.optimizer_state import load_optimizer, save_optimizer
 from hvdscale.model.layout import Layout
 from hvdscale.model.mesh import Mesh
 from hvdscale.model.whole import gather_whole
 
-__all__ = ["ShardedModel", "check_optimizer", "clip_gradients", "renumbered", "unique_names"]
-
-_COUNTER = re.compile(r"_\d+$")
+__all__ = ["ShardedModel", "check_optimizer", "clip_gradients"]
 
 
 class ShardedModel(ABC):
@@ -176,34 +174,6 @@ def clip_gradients(model: ShardedModel, gradients: Sequence[Any], variables: Seq
     norm = model.global_norm(gradients, variables)
     scale = ops.where(norm > limit, limit / norm, 1.0)
     return [None if g is None else verbs.as_dense(g) * ops.cast(scale, g.dtype) for g in gradients]
-
-
-def unique_names(variables: Sequence[Any]) -> list[str]:
-    """The variables' paths; one that comes again has ``#`` behind it."""
-    names: list[str] = []
-    taken: set[str] = set()
-    for variable in variables:
-        name = variable.path
-        while name in taken:
-            name += "#"
-        taken.add(name)
-        names.append(name)
-    return names
-
-
-def renumbered(paths: Mapping[str, Any] | Sequence[str]) -> list[str]:
-    """``paths`` with the counters of Keras beginning anew: ``dense_7``, ``dense_9`` become ``dense``, ``dense_1``."""
-    known: dict[tuple[str, ...], dict[str, int]] = {}
-    result = []
-    for path in paths:
-        plain: list[str] = []
-        for part in path.split("/"):
-            stem = _COUNTER.sub("", part)
-            numbers = known.setdefault((*plain, stem), {})
-            number = numbers.setdefault(part, len(numbers))
-            plain.append(f"{stem}_{number}" if number else stem)
-        result.append("/".join(plain))
-    return result
 
 
 def check_optimizer(optimizer: Any) -> None:

@@ -11,7 +11,7 @@ import pytest
 from keras import layers, ops
 
 import hvdscale.keras as hvd
-from hvdscale.keras.sharded import renumbered
+from hvdscale.keras.names import renumbered
 from tests.contract.sharding import meshes
 
 VOCABULARY, CONTEXT, WIDTH, HEADS = 29, 6, 12, 3

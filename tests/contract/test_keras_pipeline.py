@@ -11,7 +11,7 @@ from keras import layers, ops
 
 import hvdscale.keras as hvd
 from hvdscale.keras.backend import verbs
-from hvdscale.keras.sharded import renumbered
+from hvdscale.keras.names import renumbered
 from tests.contract.keras_pipelines import (
     MODELS,
     SAMPLES,
