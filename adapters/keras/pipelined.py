@@ -138,8 +138,7 @@ class Pipelined(ShardedModel):
 
     def describe(self) -> str:
         whole, held = self.count()
-        share = share_line(held, whole, self.rank) + (f", with tp={self.mesh.tp}" if self.mesh.tp > 1 else "")
-        lines = [self.pipeline.describe(), share]
+        lines = [self.pipeline.describe(), share_line(held, whole, self.rank, self.mesh.tp)]
         return "\n".join([*lines, *([self._note] if self._note else [])])
 
 

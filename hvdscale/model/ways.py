@@ -30,6 +30,7 @@ def check_way(mesh: Any, by: Any, rules: Rules) -> None:
         )
 
 
-def share_line(held: int, whole: int, rank: int) -> str:
-    """How many of the model's parameters are on this rank, for ``describe()``."""
-    return f"{held:,} of {whole:,} parameters on rank {rank}: {held / max(whole, 1):.3f}"
+def share_line(held: int, whole: int, rank: int, tp: int = 1) -> str:
+    """How many of the model's parameters are on this rank, whose layers are split over ``tp``, for ``describe()``."""
+    split = f", with tp={tp}" if tp > 1 else ""
+    return f"{held:,} of {whole:,} parameters on rank {rank}: {held / max(whole, 1):.3f}{split}"
