@@ -75,14 +75,21 @@ class Distribution:
             sparse_as_dense=sparse_as_dense,
         )
         agreement.check(reduction if not lists else replace(reduction, groups=()))
-        if isinstance(agreement, LocalPlan) and compression is not verbs.hvd.Compression.none:
+        if compression is not verbs.hvd.Compression.none and (isinstance(agreement, LocalPlan) or agreement.coded):
             agreement.refuse_compression()
+        if isinstance(agreement, EveryStep) and agreement.coded and verbs.world().launch.elastic:
+            agreement.refuse_elastic()
         return cls(reduction, lists, compression, process_set, average_passes, scale_local, name, agreement)
 
     @property
     def update(self) -> Update | None:
         """Who updates what, where ranks update different elements; else ``None``."""
         return self.agreement.update if isinstance(self.agreement, EveryStep) and self.agreement.placed else None  # type: ignore[return-value]
+
+    @property
+    def coded(self) -> bool:
+        """Whether gradients travel in a wire format of their own."""
+        return isinstance(self.agreement, EveryStep) and self.agreement.coded
 
     def facts(self) -> dict[str, object]:
         """What must be the same on every rank."""

@@ -13,6 +13,7 @@ from keras import ops
 from hvdscale.errors import PlanError
 from hvdscale.keras.accumulator import Accumulator
 from hvdscale.keras.backend import verbs
+from hvdscale.keras.coded import CodedMean
 from hvdscale.keras.first_weights import has_weights, when_built
 from hvdscale.keras.local import LocalTraining
 from hvdscale.keras.placed import PlacedUpdate
@@ -44,6 +45,7 @@ class Reducer:
         self._given_model = model  # whose running statistics meet in rounds
         self.placed: PlacedUpdate | None = None  # once the optimizer is built, where ranks update different elements
         self.state: PlacedState | None = None
+        self.coded = CodedMean(plan.agreement, plan.process_set, model) if plan.coded else None
         self._training: LocalTraining | None = None
         self._pending: PendingSync[Any] | None = None  # what the user has of it
         self.moments_begun: Any = None  # while moments are corrected
@@ -85,6 +87,9 @@ class Reducer:
             return self._pending
         variables = optimizer._trainable_variables if self.placed is None else self.placed.variables
         state = self.state
+        if self.coded is not None and self.exchanges:
+            read = lambda: {path_of(v): verbs.tensor(v) for v in variables}  # noqa: E731
+            return SteadySync(read, metrics=self.coded.metrics, kept=self.coded)
         if state is None:
             return SteadySync(lambda: {path_of(v): verbs.tensor(v) for v in variables})
         figures = lambda: {"state_bytes": float(state.bytes())}  # noqa: E731
@@ -258,7 +263,8 @@ class Reducer:
 
     def _kind(self, gradient: Any) -> Kind:
         kind: Kind = verbs.kind_of(gradient)
-        return Kind.DENSE if kind is Kind.SPARSE and self.plan.reduction.sparse_as_dense else kind
+        dense = self.plan.reduction.sparse_as_dense or self.coded is not None
+        return Kind.DENSE if kind is Kind.SPARSE and dense else kind
 
     def join(self, variables: Sequence[Any]) -> None:
         """Agree anew after ranks came or went; called by all of them, those that know and those that do not."""
@@ -336,13 +342,17 @@ class Reducer:
                 "jit_compile out of tf.function."
             )
         local = [id(v) in self.local for v in variables]
-        reduced = verbs.reduce_gradients(
-            [None if mine else g for g, mine in zip(gradients, local, strict=True)],
-            self._positions(variables),
-            compression=self.plan.compression,
-            process_set=self.plan.process_set,
-            name=self.plan.name,
-        )
+        shared = [None if mine else g for g, mine in zip(gradients, local, strict=True)]
+        if self.coded is not None:
+            reduced = self.coded.average(shared, variables)
+        else:
+            reduced = verbs.reduce_gradients(
+                shared,
+                self._positions(variables),
+                compression=self.plan.compression,
+                process_set=self.plan.process_set,
+                name=self.plan.name,
+            )
         share = 1.0 / self.plan.process_set.size() if self.plan.scale_local else 1.0
         return [
             (g if g is None or share == 1.0 else verbs.scaled(g, share)) if mine else r

@@ -17,7 +17,7 @@ from hvdscale.keras.first_state import FirstState
 from hvdscale.keras.replicas import path_of
 from hvdscale.sync.tensors import Role, Tensors, TensorSpec
 
-__all__ = ["KerasStore", "check_reset", "outer_names", "slots_of"]
+__all__ = ["KerasStore", "check_reset", "embedding_tables", "outer_names", "slots_of"]
 
 
 class VariableList:
@@ -57,8 +57,8 @@ class KerasStore:
     """
 
     def __init__(self, optimizer: Any, variables: Sequence[Any], model: Any, with_moments: bool) -> None:
-        layers = [] if model is None else list(model._flatten_layers())
-        embeddings = {id(layer.embeddings) for layer in layers if isinstance(layer, keras.layers.Embedding)}
+        layers = layers_of(model)
+        embeddings = embedding_tables(model)
         self._optimizer = optimizer
         self.variables: list[Any] = []
         self._staged: list[np.ndarray] | None = None
@@ -143,6 +143,16 @@ class KerasStore:
             moments += [(slot[at], "moment") for slot in slots]
         self._moment_specs, self._moment_places = self._register(moments)
         return owned
+
+
+def layers_of(model: Any) -> list[Any]:
+    """Every layer of the model, nested ones too; none of no model."""
+    return [] if model is None else list(model._flatten_layers())
+
+
+def embedding_tables(model: Any) -> set[int]:
+    """The ``id`` of the model's embedding variables."""
+    return {id(layer.embeddings) for layer in layers_of(model) if isinstance(layer, keras.layers.Embedding)}
 
 
 def outer_names(variables: Sequence[Any]) -> list[str]:

@@ -62,7 +62,7 @@ class DistributedGradientTape(tf.GradientTape):
         *,
         sync: EveryStep | None = None,
     ) -> None:
-        if sync is not None and (not isinstance(sync, EveryStep) or sync.placed):
+        if sync not in (None, EveryStep()):
             raise PlanError(
                 f"sync takes EveryStep() on a tape, which reduces every gradient it is asked for; got {sync!r}. Give "
                 "other plans to hvd.DistributedOptimizer, and the gradients of a plain tape to that."

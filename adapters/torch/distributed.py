@@ -24,6 +24,7 @@ from hvdscale.runtime.agreement import Fingerprint, agree
 from hvdscale.sync import LocalPlan
 from hvdscale.sync.handle import SteadySync, Sync
 from hvdscale.torch.adasum import DeltaReducer
+from hvdscale.torch.coded import CodedReducer
 from hvdscale.torch.local import LocalTraining
 from hvdscale.torch.names import parameter_names
 from hvdscale.torch.placed import PlacedUpdate
@@ -59,8 +60,12 @@ class DistributedMixin:
         held = self._hvdscale
         if isinstance(held.exchange, LocalTraining):
             return held.exchange.sync
-        more = (held.exchange.flush, held.exchange.metrics) if isinstance(held.exchange, PlacedUpdate) else ()
-        return SteadySync(lambda: {name: p.detach().clone() for name, p in held.named if p.requires_grad}, *more)
+        more: dict[str, Any] = {}
+        if isinstance(held.exchange, PlacedUpdate):
+            more = {"flush": held.exchange.flush, "metrics": held.exchange.metrics}
+        elif isinstance(held.exchange, CodedReducer):
+            more = {"metrics": held.exchange.metrics, "kept": held.exchange}
+        return SteadySync(lambda: {name: p.detach().clone() for name, p in held.named if p.requires_grad}, **more)
 
     @property
     def backward_passes_per_step(self) -> int:
@@ -231,6 +236,10 @@ def _watch(optimizer: Optimizer, held: Attachment) -> None:
         held.exchange = LocalTraining(terms.plan, optimizer, held.model, terms.process_set, averager if warm else None)
     elif terms.plan.placed:
         held.exchange = PlacedUpdate(terms.plan, optimizer, terms.reduction, **common)
+    elif terms.plan.coded and terms.process_set.size() > 1:
+        held.exchange = CodedReducer(
+            terms.plan, held.model, reduction=terms.reduction, sparse=held.sparse, survey=survey, **common
+        )
     else:
         held.exchange = Reducer(terms.reduction, sparse=held.sparse, survey=survey, **common)
     held.exchange.add(held.named)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from horovod.torch import ProcessSet
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from hvdscale.torch.broadcast import broadcast_parameters
 from hvdscale.torch.channel import open_channel, open_post
 from hvdscale.torch.reducer import Reducer
 from hvdscale.torch.steps import StepsOnParameters
-from hvdscale.torch.store import TorchStore
+from hvdscale.torch.store import TorchStore, state_of_arrays, state_of_tensors
 
 __all__ = ["LocalTraining"]
 
@@ -26,12 +25,10 @@ class _TorchSync(LocalSync[Tensor]):
     """Its state is of tensors and plain numbers: what ``torch.load`` reads without being told to trust the file."""
 
     def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
-        return {**state, "arrays": {name: torch.from_numpy(array) for name, array in state["arrays"].items()}}
+        return state_of_tensors(super().state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        arrays = {name: np.asarray(array) for name, array in state.get("arrays", {}).items()}
-        super().load_state_dict({**state, "arrays": arrays})
+        super().load_state_dict(state_of_arrays(state))
 
 
 class LocalTraining(StepsOnParameters):

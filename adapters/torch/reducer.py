@@ -222,11 +222,16 @@ class Reducer(StepsOnParameters):
             before.remove()
         _watching[id(parameter)] = parameter.register_post_accumulate_grad_hook(hook)
 
-    def _open(self) -> None:
+    def _arrange(self) -> list[int]:
+        """Positions of what wants gradients now, each in a bucket."""
         positions = self._trainable()
         if positions != sorted(self._bucket_of):
             self._buckets = self._plan(positions)
             self._bucket_of = {p: i for i, bucket in enumerate(self._buckets) for p in bucket}
+        return positions
+
+    def _open(self) -> None:
+        positions = self._arrange()
         self._left = dict.fromkeys(positions, self.passes)
         self._waiting = [len(bucket) for bucket in self._buckets]
         self._finished = ""

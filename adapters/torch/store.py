@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from hvdscale.sync.tensors import Role, Tensors, TensorSpec
 
-__all__ = ["TorchStore"]
+__all__ = ["TensorList", "TorchStore", "embedding_weights", "spec_of", "state_of_arrays", "state_of_tensors"]
 
 
 class TensorList:
@@ -67,11 +67,11 @@ class TorchStore:
     """
 
     def __init__(self, optimizer: Optimizer, named: Sequence[tuple[str, Tensor]], model: nn.Module | None) -> None:
-        embeddings = _embedding_weights(model)
+        embeddings = embedding_weights(model)
         self._optimizer = optimizer
         self._named = list(named)
         self.weights: Tensors = TensorList(
-            [(_spec(name, p, "embedding" if id(p) in embeddings else "weight"), p) for name, p in named]
+            [(spec_of(name, p, "embedding" if id(p) in embeddings else "weight"), p) for name, p in named]
         )
         self.buffers: Tensors = TensorList(_buffers(model))
 
@@ -83,7 +83,7 @@ class TorchStore:
             name, parameter = self._named[position]
             for key in keys:
                 value = state.get(parameter, {}).get(key)
-                entries.append((_spec(f"{name}.{key}", parameter, "moment"), value))
+                entries.append((spec_of(f"{name}.{key}", parameter, "moment"), value))
         return TensorList(entries)
 
     def forget_moments(self, positions: Sequence[int]) -> None:
@@ -110,7 +110,18 @@ def _lies_flat(tensor: Tensor) -> bool:
     return plain and tensor.device.type == "cpu" and tensor.dtype is torch.float32 and tensor.is_contiguous()
 
 
-def _spec(name: str, tensor: Tensor, role: Role) -> TensorSpec:
+def state_of_tensors(state: dict[str, Any]) -> dict[str, Any]:
+    """A state of plain numbers and tensors: what ``torch.load`` reads without being told to trust the file."""
+    return {**state, "arrays": {name: torch.from_numpy(array) for name, array in state["arrays"].items()}}
+
+
+def state_of_arrays(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The same as the core knows it."""
+    return {**state, "arrays": {name: np.asarray(array) for name, array in state.get("arrays", {}).items()}}
+
+
+def spec_of(name: str, tensor: Tensor, role: Role) -> TensorSpec:
+    """What a round is told of ``tensor``."""
     return TensorSpec(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), role)
 
 
@@ -119,7 +130,8 @@ def _is_moment(value: Any, parameter: Tensor) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape
 
 
-def _embedding_weights(model: nn.Module | None) -> set[int]:
+def embedding_weights(model: nn.Module | None) -> set[int]:
+    """The ``id`` of the weights of the model's embeddings."""
     modules = () if model is None else model.modules()
     return {id(module.weight) for module in modules if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
 
@@ -134,4 +146,4 @@ def _buffers(model: nn.Module | None) -> list[tuple[TensorSpec, Tensor | None]]:
         if isinstance(mean, Tensor) and isinstance(variance, Tensor):
             roles |= {id(mean): "mean", id(variance): "variance"}
     # named_buffers gives a module's buffers in the order they were registered: the mean, then the variance.
-    return [(_spec(n, b, roles.get(id(b), "weight")), b) for n, b in model.named_buffers() if b.is_floating_point()]
+    return [(spec_of(n, b, roles.get(id(b), "weight")), b) for n, b in model.named_buffers() if b.is_floating_point()]

@@ -22,7 +22,7 @@ from hvdscale.torch.gradients import HOROVOD_OPS
 from hvdscale.torch.host import travels_by_host
 from hvdscale.torch.names import names_by_id, parameter_names
 from hvdscale.torch.placed_checks import check_placed, sparse_parameters
-from hvdscale.torch.runtime import world
+from hvdscale.torch.runtime import elastic, world
 from hvdscale.torch.sharded import ShardedModel, check_optimizer
 from hvdscale.torch.steps import Terms
 
@@ -73,7 +73,9 @@ def DistributedOptimizer(
         sync: when ranks agree, and who applies the update; ``EveryStep()`` when left out. With
             ``EveryStep(update="central" | "sharded")`` a rank holds its part of the reduced gradients: scaling,
             clamping and norms of ``.grad`` are those of the whole (so clipping works as ever), ``.full_tensor()``
-            gives it, anything else is refused; ``state_dict()`` is collective.
+            gives it, anything else is refused; ``state_dict()`` is collective. With ``EveryStep(wire="int8")`` and
+            other wires gradients travel coded, averaged in float32; what coding lost so far is in
+            ``optimizer.sync.state_dict()``.
         model: its weights and buffers, and the optimizer's state, are first made those of the
             first rank of ``process_set``. Of a model sharded by ``shard_model``: over the ranks that hold the same part
             of it, which are then the ones that share gradients.
@@ -129,8 +131,10 @@ def DistributedOptimizer(
         sparse_as_dense=sparse_as_dense,
     )
     plan.check(reduction)
-    if isinstance(plan, LocalPlan) and compression is not Compression.none:
+    if compression is not Compression.none and (isinstance(plan, LocalPlan) or plan.coded):
         plan.refuse_compression()
+    if isinstance(plan, EveryStep) and plan.coded and elastic():
+        plan.refuse_elastic()
     if reduction.op == "adasum":
         check_adasum(process_set)
     elif groups is None and not (isinstance(plan, EveryStep) and plan.placed):

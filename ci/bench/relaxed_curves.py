@@ -99,7 +99,7 @@ def judged(curves: Mapping[str, Curve]) -> list[tuple[str, float, float, bool]]:
     return rows
 
 
-def table(curves: Mapping[str, Curve], tokens_per_step: int) -> Table:
+def table(curves: Mapping[str, Curve], tokens_per_step: int, small: bool) -> Table:
     """Every curve against synchronous training."""
     shown = Table(title=f"Held-out loss of {RANKS} ranks, {tokens_per_step:,} tokens a step")
     told = (f"loss after {STEPS} steps", "above synchronous", "steps to its loss", "more tokens")
@@ -109,7 +109,7 @@ def table(curves: Mapping[str, Curve], tokens_per_step: int) -> Table:
     for way, curve in curves.items():
         reached = curve.reaches(goal)
         cells = ("-", "-") if reached is None else (f"{reached:.0f}", f"{reached / STEPS - 1:+.1%}")
-        name = way if ";" in way else named(way, inner_of(way))
+        name = way if ";" in way else named(way, inner_of(way, small))
         shown.add_row(name, f"{curve.at(STEPS):.4f}", f"{curve.at(STEPS) / goal - 1:+.2%}", *cells)
     return shown
 
@@ -152,10 +152,10 @@ def main() -> int:
     for way in dict.fromkeys([*options.train, *missing]):
         steps = options.steps or (STEPS if way == SYNCHRONOUS else LONGER_STEPS)
         tried = {f.name: value for f in fields(Inner) if (value := getattr(options, f.name)) is not None}
-        inner = replace(inner_of(way), **tried)
+        inner = replace(inner_of(way, options.small), **tried)
         points = train(way, inner, steps, options.small, options.deadline)
         before = json.loads(record.read_text()) if record.exists() else {}
-        name = way if inner == inner_of(way) else named(way, inner)
+        name = way if inner == inner_of(way, options.small) else named(way, inner)
         record.write_text(json.dumps({**before, name: points}, indent=1) + "\n")
     curves = read_curves(record)
     if SYNCHRONOUS not in curves:
@@ -163,7 +163,7 @@ def main() -> int:
         return 1
     tokens_per_step = RANKS * 8 * (64 if options.small else 128)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table(curves, tokens_per_step))
+    console.print(table(curves, tokens_per_step, options.small))
     for what, reached, most, met in judged(curves):
         verdict = "met" if met else "[bold red]missed[/]"
         console.print(f"{what}: {reached:+.2%}, target at most {most:.1%}: {verdict}", highlight=False)

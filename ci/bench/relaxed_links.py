@@ -32,7 +32,18 @@ from ci.rig import HEADER_BYTES, Rig, RigError
 from hvdscale.sync import EveryStep
 
 HOSTS = 4
-WAYS = (INDEPENDENT, DDP, POST_LOCAL, "every step", "local SGD, 1", "local SGD, 32", "DiLoCo, 32", SELDOM, BEST)
+WAYS = (
+    INDEPENDENT,
+    DDP,
+    POST_LOCAL,
+    "every step",
+    "local SGD, 1",
+    "local SGD, 32",
+    "DiLoCo, 32",
+    SELDOM,
+    "local SGD, 2, int4",
+    BEST,
+)
 # The least of the step without communication over the way's step, by rate in Mbit/s.
 OF_LIMIT = {100: {"local SGD, 32": 0.9, "DiLoCo, 32": 0.9, SELDOM: 0.9}, 25: {SELDOM: 0.9}}
 SOONER_THAN_DDP = {100: 2.5, 25: 7.0}
@@ -57,6 +68,8 @@ class Measured:
 def steps_of(way: str, steps: int) -> int:
     """Steps of ways that meet often take seconds each: fewer say as much."""
     plan = PLANS.get(way)
+    if isinstance(plan, EveryStep) and plan.coded:
+        return max(2, steps // 4)
     if way == DDP or isinstance(plan, EveryStep) or getattr(plan, "every", 0) == 1:
         return max(2, steps // 16)
     return max(8, steps // 2) if way == POST_LOCAL else steps

@@ -56,7 +56,7 @@ _SERVER = {
 _EVERY = {"every": 32}
 
 CHOICES: dict[str, Choice] = {
-    "every-step": Choice(EveryStep, "average gradients at every step", {"update": "update"}, {}),
+    "every-step": Choice(EveryStep, "average gradients at every step", {"update": "update", "wire": "wire"}, {}),
     "local-sgd": Choice(LocalSGD, "average weights in rounds", _ROUNDS, _EVERY),
     "diloco": Choice(
         DiLoCo,

@@ -360,4 +360,4 @@ class Asynchronous:
         self._servers.ask(messages)
 
     def _origin(self) -> dict[str, Any]:
-        return origin(self.plan, self._store, self._post)
+        return origin(self.plan, self._store.weights.specs, self._post)

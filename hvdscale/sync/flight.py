@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from hvdscale.sync.state import copy_into
 from hvdscale.update.outer import Float32s
 
 __all__ = ["Courier", "Flight"]
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -86,12 +88,13 @@ class Courier:
                         part.exchange.beside(aside.values, meeting)
             return meeting
 
-        return self._run(travel)
+        return self.run(travel)
 
-    def _run(self, travel: Callable[[], Meeting]) -> Future[Meeting]:
+    def run(self, travel: Callable[[], T]) -> Future[T]:
+        """``travel()``, after what was sent before."""
         if self._thread is not None:
             return self._thread.submit(travel)
-        done: Future[Meeting] = Future()
+        done: Future[T] = Future()
         with timeline.span("wait"):
             done.set_result(travel())
         return done

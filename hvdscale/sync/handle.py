@@ -124,13 +124,22 @@ class LocalSync(Generic[T]):
         self._loaded()
 
 
+class Kept(Protocol):
+    """What a rank keeps between steps."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
 class SteadySync(Generic[T]):
-    """The agreement at every step: ranks hold the same weights always, and nothing is kept between steps.
+    """The agreement at every step: ranks hold the same weights always.
 
     Args:
         read: gives the weights by name.
         flush: where ranks hold parts of the optimizer's state: brings the whole to the first rank. Collective.
         metrics: running figures, where there are any.
+        kept: what this rank keeps between steps, where it keeps anything.
     """
 
     def __init__(
@@ -138,10 +147,12 @@ class SteadySync(Generic[T]):
         read: Callable[[], dict[str, T]],
         flush: Callable[[], None] = lambda: None,
         metrics: Callable[[], dict[str, float]] = dict,
+        kept: Kept | None = None,
     ) -> None:
         self._read = read
         self._flush = flush
         self._metrics = metrics
+        self._kept = kept
 
     @property
     def trains(self) -> bool:
@@ -165,11 +176,13 @@ class SteadySync(Generic[T]):
         return self._metrics()
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        return {} if self._kept is None else self._kept.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state:
+        if self._kept is not None:
+            self._kept.load_state_dict(state)
+        elif state:
             raise StateError(
-                "This state belongs to a plan with rounds, and this optimizer agrees at every step. Load it into an "
+                "This state belongs to another plan, and this optimizer keeps nothing between steps. Load it into an "
                 f"optimizer with the plan {state.get('plan')}, or leave it out and load the outer weights."
             )

@@ -233,7 +233,7 @@ class Rounds:
         for flight in self._flights:
             arrays |= flight.arrays()
         return {
-            **origin(self.plan, self._store, self._channel),
+            **origin(self.plan, self._store.weights.specs, self._channel),
             "step": self.step,
             "begun": self._begun,
             "departures": self._departures,
@@ -254,7 +254,7 @@ class Rounds:
         Raises:
             StateError: the state of another rank, model, plan or number of ranks, or one that is incomplete.
         """
-        check_origin(state, origin(self.plan, self._store, self._channel))
+        check_origin(state, origin(self.plan, self._store.weights.specs, self._channel))
         arrays = state["arrays"]
         for i, part in enumerate(self._parts):
             for name, array in part.arrays().items():

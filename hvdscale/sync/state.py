@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from hvdscale.errors import StateError
-from hvdscale.sync.local_plan import LocalPlan
-from hvdscale.sync.tensors import Store
+from hvdscale.sync.tensors import TensorSpec
 from hvdscale.update.outer import Float32s
 
 __all__ = ["check_origin", "copy_into", "origin"]
 
 _FORMAT = "hvdscale-rounds-v1"
+
+
+class Plan(Protocol):
+    def facts(self) -> dict[str, object]: ...
 
 
 class Members(Protocol):
@@ -24,14 +27,14 @@ class Members(Protocol):
     size: int
 
 
-def origin(plan: LocalPlan, store: Store, members: Members) -> dict[str, Any]:
+def origin(plan: Plan, specs: Sequence[TensorSpec], members: Members) -> dict[str, Any]:
     """What a state must share with the rounds it is loaded into."""
     return {
         "format": _FORMAT,
         "rank": members.rank,
         "ranks": members.size,
         "plan": {name: str(value) for name, value in plan.facts().items()},
-        "tensors": [[spec.name, list(spec.shape), spec.dtype] for spec in store.weights.specs],
+        "tensors": [[spec.name, list(spec.shape), spec.dtype] for spec in specs],
     }
 
 

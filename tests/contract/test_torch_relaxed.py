@@ -358,5 +358,5 @@ def test_a_state_of_rounds_does_not_go_into_an_optimizer_without() -> None:
     steady = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
     steady.sync.flush()
     assert steady.sync.metrics() == {}
-    with pytest.raises(hvd.StateError, match="agrees at every step"):
+    with pytest.raises(hvd.StateError, match="keeps nothing between steps"):
         steady.sync.load_state_dict(local.sync.state_dict())

@@ -59,10 +59,13 @@ class Driver(ContractDriver):
 
     def distribute(self, optimizer: Any, model: Any, **arguments: Any) -> Distributed:
         plan = arguments.get("sync")
-        if isinstance(plan, LocalPlan) or (isinstance(plan, EveryStep) and plan.placed):
-            # What follows steps belongs to the optimizer: rounds, and updated weights.
+        coded = isinstance(plan, EveryStep) and plan.coded
+        if coded:
+            arguments.pop("backward_passes_per_step", 1)  # the loop adds up: see ``step``
+        if coded or isinstance(plan, LocalPlan) or (isinstance(plan, EveryStep) and plan.placed):
+            # What outlives a step belongs to the optimizer: rounds, updated weights, what coding lost.
             return Distributed(hvd.DistributedOptimizer(optimizer, model=model, **arguments), lambda tape: tape)
-        Reduction(passes=arguments.pop("backward_passes_per_step", 1))  # the loop adds up: see ``step``
+        Reduction(passes=arguments.pop("backward_passes_per_step", 1))  # likewise
         before = optimizer.wrap if isinstance(optimizer, Distributed) else lambda tape: tape
 
         def wrap(tape: tf.GradientTape) -> tf.GradientTape:
