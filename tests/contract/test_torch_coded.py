@@ -189,7 +189,7 @@ def test_the_state_is_one_that_torch_loads_by_default(rank: int, size: int) -> N
             np.testing.assert_array_equal(again["arrays"][name], array)
 
 
-def test_copies_of_a_pipeline_average_coded_gradients(rank: int, size: int) -> None:
+def test_copies_of_stages_average_coded_gradients(rank: int, size: int) -> None:
     if size % 2:
         return
     mesh, model = hvd.Mesh(dp=2, pp=size // 2), MODELS["tied"]
