@@ -75,7 +75,7 @@ class EveryStep:
                 if reduction.op != "average"
                 else f"gradient_predivide_factor={reduction.predivide}"
                 if reduction.predivide != 1.0
-                else f"groups={reduction.groups}"
+                else "groups=..."
             )
             raise PlanError(
                 f'wire="{self.wire}" averages gradients in float32, in messages of its own; {given} is of Horovod\'s '

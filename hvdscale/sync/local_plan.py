@@ -37,6 +37,11 @@ class LocalPlan:
                 f"{type(self).__name__} sends no gradients that gradient_predivide_factor={reduction.predivide} could "
                 "keep from overflowing. Leave it at 1.0; weights are added in float32."
             )
+        if reduction.groups is not None and not self.warmup:
+            raise PlanError(
+                f"groups=... says which gradients travel together, and {type(self).__name__} without a warm-up sends "
+                "none. Leave groups out of DistributedOptimizer."
+            )
 
     def refuse_compression(self) -> NoReturn:
         """Raise PlanError: ``compression=`` is of gradients, and none are sent."""

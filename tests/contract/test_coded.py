@@ -129,7 +129,7 @@ def test_what_does_not_go_with_a_wire_is_refused(driver: ContractDriver, rank: i
     for arguments, rule in (
         ({"op": driver.hvd.Sum}, "op=sum"),
         ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor=2.0"),
-        ({"groups": 2}, "groups=2"),
+        ({"groups": 2}, "groups=..."),
         ({"compression": driver.hvd.Compression.fp16}, "compression="),
     ):
         with pytest.raises(driver.hvd.PlanError, match=rule):

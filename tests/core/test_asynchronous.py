@@ -448,7 +448,7 @@ def test_servers_must_fit_the_world(plan: ParameterServer, ranks: int, rule: str
 
 
 def test_gradients_summed_or_divided_do_not_go_with_it() -> None:
-    for reduction in (Reduction(op="sum"), Reduction(predivide=2.0)):
+    for reduction in (Reduction(op="sum"), Reduction(predivide=2.0), Reduction(groups=2)):
         with pytest.raises(PlanError, match="ParameterServer"):
             ParameterServer(1).check(reduction)
     LocalSGD(2).check(Reduction())

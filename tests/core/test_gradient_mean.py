@@ -202,7 +202,7 @@ def test_plans_that_cannot_be_are_refused(arguments: dict[str, str], rule: str) 
         (Reduction(op="sum"), "op=sum"),
         (Reduction(op="adasum"), "op=adasum"),
         (Reduction(predivide=2.0), "gradient_predivide_factor=2.0"),
-        (Reduction(groups=2), "groups=2"),
+        (Reduction(groups=2), "groups=..."),
     ],
 )
 def test_what_is_of_horovods_all_reduce_is_refused(reduction: Reduction, rule: str) -> None:

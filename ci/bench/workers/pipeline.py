@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ci.bench.workers.ranks import leave_result, medians_of, meet
 from ci.bench.workers.torch_step import WIDTH, Block
 
-BLOCKS, BATCH, CONTEXT = 8, 16, 32
+BLOCKS, BATCH, CONTEXT = 8, 32, 64  # at m=16 a micro-batch is of 128 tokens
 MICROBATCHES = (4, 8, 16)
 SLEEP_SECONDS, SLEEP_BATCH = 0.02, 8
 
