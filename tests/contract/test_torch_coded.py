@@ -53,6 +53,8 @@ def test_messages_leave_during_the_backward_pass_over_hosts(
     driver: ContractDriver, rank: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several of them, in one order; a parameter that some ranks leave out is sent as zeros in the end."""
+    if size == 1:
+        return
     hosts = SimpleNamespace(launch=SimpleNamespace(spans_hosts=True))
     monkeypatch.setattr(coded, "world", lambda: hosts)
     model = nn.ModuleList([nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 1)])
