@@ -1,7 +1,9 @@
 """Gradients on their way in a narrow wire format: buckets that leave in one order on every rank, during the backward
 pass where ranks are on several hosts.
 
-What a round is, and when it is over, is the same as in ``Reducer``.
+They travel in a thread, on one host too: one backward pass may end the gradients of two optimizers, in another order
+on each rank, and none may keep the other's from leaving. What a round is, and when it is over, is the same as in
+``Reducer``.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from hvdscale.errors import PlanError
+from hvdscale.runtime.channel import Channel
 from hvdscale.sync import EveryStep
 from hvdscale.sync.gradient_mean import GradientMean
 from hvdscale.torch.channel import open_channel
@@ -39,13 +42,17 @@ class CodedReducer(Reducer):
         super().__init__(**arguments)
         self._wire = plan
         self._embeddings = embedding_weights(model)
-        self._beside = world().launch.spans_hosts
-        self._channel = open_channel(self._process_set, patient=self._beside)
-        self._mean: GradientMean | None = None
+        self._over_hosts = world().launch.spans_hosts
+        self._channel: Channel | None = None
+        self._mean: GradientMean | None = None  # of what was trainable last
+        self._means: dict[tuple[int, ...], GradientMean] = {}  # of all that was: what coding lost waits for its turn
         # The round:
-        self._message_of: dict[int, int] = {}  # by the first position of a bucket
         self._ready: set[int] = set()
         self._sent = 0
+
+    def open(self) -> None:
+        """Open the channel. Collective: a copy, which one rank alone may make, does so when it is first used."""
+        self._channel = open_channel(self._process_set, patient=self._over_hosts)
 
     def forget(self) -> None:
         self._ready, self._sent = set(), 0
@@ -53,9 +60,12 @@ class CodedReducer(Reducer):
 
     def metrics(self) -> dict[str, float]:
         """``rounds``, ``bytes_sent`` and ``seconds`` waited."""
-        return self._averaging().metrics()
+        figures = [self._averaging().metrics(), *(m.metrics() for m in self._means.values() if m is not self._mean)]
+        added = {name: sum(f[name] for f in figures) for name in ("rounds", "seconds")}
+        return {**added, "bytes_sent": figures[0]["bytes_sent"]}  # of the channel they share
 
     def state_dict(self) -> dict[str, Any]:
+        """Of what is trainable now."""
         return state_of_tensors(self._averaging().state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -64,25 +74,31 @@ class CodedReducer(Reducer):
     def _averaging(self) -> GradientMean:
         if not self.busy:
             self._arrange()
-        assert self._mean is not None
+        if self._mean is None:
+            raise PlanError("Nothing that this optimizer was given wants gradients: there is nothing to average.")
         return self._mean
 
     def _plan(self, positions: list[int]) -> list[list[int]]:
+        if not positions:
+            return []
+        if self._channel is None:
+            self.open()
+        assert self._channel is not None
         specs = [
             spec_of(self._names[p], parameter, "embedding" if id(parameter) in self._embeddings else "weight")
             for p in positions
             for parameter in [self._parameters[p]]
         ]
-        messages = _MESSAGES if self._beside else 1
-        self._mean = GradientMean(self._wire, specs, self._channel, messages, self._beside)
+        key, messages = tuple(positions), _MESSAGES if self._over_hosts else 1
+        if key not in self._means:
+            self._means[key] = GradientMean(self._wire, specs, self._channel, messages, beside=True)
+        self._mean = self._means[key]
         self._specs = dict(zip(positions, specs, strict=True))
-        buckets = [[positions[p] for p in fragment.positions] for fragment in self._mean.fragments]
-        self._message_of = {bucket[0]: message for message, bucket in enumerate(buckets)}
         self._values = [np.empty(fragment.size, np.float32) for fragment in self._mean.fragments]
-        return buckets
+        return [[positions[p] for p in fragment.positions] for fragment in self._mean.fragments]
 
     def _launch(self, bucket: list[int]) -> None:
-        message = self._message_of.get(bucket[0])
+        message = self._bucket_of.get(bucket[0])
         if message is None:  # unfrozen in the middle of the round: it goes as it is, coded from the next one on
             super()._launch(bucket)
             return

@@ -204,6 +204,8 @@ def distribute(
     optimizer._hvdscale = held  # type: ignore[attr-defined]
     if not alone:
         _watch(optimizer, held)
+    if isinstance(held.exchange, CodedReducer):
+        held.exchange.open()
 
 
 def _takes_part(terms: Terms) -> bool:

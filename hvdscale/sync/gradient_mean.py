@@ -12,25 +12,28 @@ compression schemes", arXiv 1901.09847.
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 
-from hvdscale.errors import PlanError
+from hvdscale.errors import DesyncError, PlanError, StateError
 from hvdscale.runtime import timeline
 from hvdscale.runtime.channel import Channel
 from hvdscale.sync.every_step import EveryStep
 from hvdscale.sync.exchange import Mean
 from hvdscale.sync.flight import Courier
 from hvdscale.sync.fragments import cut
-from hvdscale.sync.header import Header, Meeting, Phase
+from hvdscale.sync.header import Float64s, Header, Meeting, Phase
 from hvdscale.sync.state import check_origin, copy_into, origin
 from hvdscale.sync.tensors import TensorSpec
 from hvdscale.update.outer import Float32s
 
 __all__ = ["GradientMean"]
+
+_ROOM = 2.0**15  # of float16, whose largest value is 65504: what coding kept is added
 
 
 class GradientMean:
@@ -61,6 +64,8 @@ class GradientMean:
         self._courier = Courier(channel, beside)
         self._sent = [0] * len(self.fragments)
         self._seconds = 0.0
+        told = [(spec.name, spec.shape, spec.role) for spec in self._specs]
+        self._digest = zlib.crc32(repr((told, messages)).encode())
 
     def send(self, message: int, values: Float32s) -> Future[Float32s]:
         """Begin to average ``values``, float32[n], of the tensors of ``fragments[message]``; in place.
@@ -68,20 +73,22 @@ class GradientMean:
         They are NaN afterwards where any rank's held NaN or infinity: on every rank, and nothing is kept of that step.
 
         Raises (in the future):
-            DesyncError: ranks are at different steps.
+            DesyncError: ranks are at different steps, or bring the gradients of different tensors.
         """
         mean, step = self._means[message], self._sent[message]
         self._sent[message] += 1
-        square = float(np.dot(values, values))
+        with np.errstate(over="ignore"):
+            square = float(np.dot(values, values))
         finite = bool(np.isfinite(square) or np.isfinite(values).all())
-        header = Header(step, message, Phase.TRAINING, step, 1.0, finite, square, float("nan"), 0)
+        if finite and not np.isfinite(square):  # more than float32 holds
+            square = float(np.linalg.norm(values.astype(np.float64))) ** 2
+        header = Header(step, message, Phase.TRAINING, step, 1.0, finite, square, float("nan"), self._digest)
 
         def travel() -> Float32s:
-            meeting = Meeting(self._channel.table(header.row()), self._channel.ranks)
+            meeting = self._meeting(self._channel.table(header.row()))
             with timeline.travel("gradients", round=step, fragment=message):
                 if meeting.finite.all():
-                    mean(values, meeting)
-                    values[...] *= mean.factor(meeting)
+                    self._average(mean, values, meeting)
                 else:
                     values[...] = np.nan
             return values
@@ -90,6 +97,29 @@ class GradientMean:
         future = self._courier.run(travel)
         self._seconds += time.monotonic() - began
         return future
+
+    def _meeting(self, table: Float64s) -> Meeting:
+        first, *others = self._channel.ranks
+        others = [rank for rank, digest in zip(others, table[1:, -1], strict=True) if digest != table[0, -1]]
+        if others:
+            raise DesyncError(
+                f"Ranks {', '.join(map(str, others))} average the gradients of other tensors than rank {first}. Freeze "
+                "and unfreeze the same parameters on every rank, and give every rank the same model=."
+            )
+        return Meeting(table, self._channel.ranks)
+
+    def _average(self, mean: Mean, values: Float32s, meeting: Meeting) -> None:
+        """Scaled by a power of two where float16 has no room: a loss scaler makes gradients of that size."""
+        largest = float(np.sqrt(meeting.table[:, 6].max()))
+        narrow = self._plan.wire == "fp16" and largest > _ROOM
+        scale = np.float32(2.0 ** -np.ceil(np.log2(largest / _ROOM))) if narrow else np.float32(1)
+        scaled = [values, *mean.arrays().values()] if narrow else []
+        for array in scaled:
+            array *= scale
+        mean(values, meeting)
+        values *= mean.factor(meeting)
+        for array in scaled:
+            array /= scale
 
     def wait(self, sent: Future[Float32s]) -> Float32s:
         """What was sent, once it is the mean."""
@@ -112,11 +142,13 @@ class GradientMean:
         """Take up a state of ``state_dict()``.
 
         Raises:
-            StateError: it is another rank's, model's or plan's.
+            StateError: it is another rank's, model's or plan's, or incomplete.
         """
         check_origin(state, origin(self._plan, self._specs, self._channel))
+        if not state.get("sent"):
+            raise StateError("The state of optimizer.sync does not say how many steps it comes after. Save it anew.")
         for name, array in self._arrays().items():
-            copy_into(state["arrays"], name, array)
+            copy_into(state.get("arrays", {}), name, array)
         self._sent = [int(state["sent"][0])] * len(self._sent)
 
     def _arrays(self) -> dict[str, Float32s]:

@@ -162,6 +162,70 @@ def test_weights_frozen_and_unfrozen_in_between(driver: ContractDriver, rank: in
         assert_same_everywhere(driver, model.parameters())
 
 
+def test_weights_frozen_in_turns_lose_nothing(driver: ContractDriver, rank: int, size: int) -> None:
+    """What coding lost of a layer is sent when its turn comes again; a step with nothing to train is none."""
+    model = nn.ModuleList([nn.Linear(8, 4, bias=False), nn.Linear(8, 4, bias=False)])
+    optimizer = distribute(model, EveryStep(wire="int4"), lr=1.0)
+    starts = [layer.weight.detach().clone() for layer in model]
+    means = [torch.zeros(4, 8), torch.zeros(4, 8)]
+    for step in range(12):
+        for number, layer in enumerate(model):
+            layer.requires_grad_(number == step % 2)
+        drawn = [torch.randn(4, 8, generator=torch.Generator().manual_seed(100 * step + r)) for r in range(size)]
+        optimizer.zero_grad()
+        (model[step % 2].weight * drawn[rank]).sum().backward()
+        optimizer.step()
+        means[step % 2] += sum(drawn) / size
+    optimizer.zero_grad()
+    model.requires_grad_(False)
+    optimizer.step()
+    for layer, start, mean in zip(model, starts, means, strict=True):
+        torch.testing.assert_close(start - layer.weight.detach(), mean, rtol=0, atol=0.45)
+    assert_same_everywhere(driver, model.parameters())
+    if size > 1:
+        assert optimizer.sync.metrics()["rounds"] == 12
+
+
+def test_weights_frozen_on_one_rank_only_are_told(driver: ContractDriver, rank: int, size: int) -> None:
+    if size == 1:
+        return
+    for early in (True, False):
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 1))
+        optimizer = distribute(model)
+        if not early:
+            backward(model, rank)
+            optimizer.step()
+        model[min(rank, 1)].requires_grad_(False)  # two layers of the same sizes
+        with pytest.raises(hvd.DesyncError, match="of other tensors than rank 0"):
+            backward(model, rank)
+
+
+def test_two_optimizers_meet_whichever_is_ready_first(driver: ContractDriver, rank: int) -> None:
+    """One backward pass ends the gradients of both, in another order on each rank."""
+    models = [network(), network()]
+    optimizers = [distribute(model) for model in models]
+    losses = {n: models[n](torch.full((4, 3), 0.5 + rank)).square().mean() for n in ((0, 1) if rank == 0 else (1, 0))}
+    (losses[0] + losses[1]).backward()
+    for model, optimizer in zip(models, optimizers, strict=True):
+        optimizer.step()
+        assert_same_everywhere(driver, model.parameters())
+
+
+def test_one_rank_may_copy_its_optimizer(driver: ContractDriver, rank: int) -> None:
+    """To look at it, or to save it; a copy on every rank trains."""
+    model = network()
+    optimizer = distribute(model)
+    if rank == 0:
+        copy.deepcopy(optimizer)
+    backward(model, rank)
+    optimizer.step()
+    twin, other = copy.deepcopy((model, optimizer))
+    other.zero_grad()
+    backward(twin, rank, 1)
+    other.step()
+    assert_same_everywhere(driver, twin.parameters())
+
+
 def test_a_group_added_later_takes_part(driver: ContractDriver, rank: int, size: int) -> None:
     model = network()
     optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model[0].parameters(), 0.1), model=model, sync=INT8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -141,6 +142,10 @@ def test_a_state_of_another_wire_or_model_is_refused() -> None:
             GradientMean(EveryStep(wire="int4"), SPECS, channel).load_state_dict(state)
         with pytest.raises(StateError, match="tensors"):
             GradientMean(EveryStep(wire="int8"), SPECS[1:], channel).load_state_dict(state)
+        for name, rule in (("sent", "how many steps"), ("arrays", "residual' of shape .* it is not there")):
+            mean = GradientMean(EveryStep(wire="int8"), SPECS, channel)
+            with pytest.raises(StateError, match=rule):
+                mean.load_state_dict({key: value for key, value in state.items() if key != name})
 
     on_ranks(1, body)
 
@@ -153,6 +158,34 @@ def test_ranks_at_different_steps_are_told() -> None:
             average(mean, gradient(transport.rank, 0))
 
     on_ranks(RANKS, body)
+
+
+def test_ranks_that_bring_other_tensors_are_told_before_anything_travels() -> None:
+    """Of the same sizes, too, as where each rank froze another layer: the sums would be of unlike gradients."""
+
+    def body(transport: Transport) -> None:
+        other = tuple(replace(spec, name=f"other {spec.name}") for spec in SPECS)
+        specs = (other, SPECS[1:], SPECS)[transport.rank]
+        mean = GradientMean(EveryStep(wire="int8"), specs, TransportChannel(transport))
+        with pytest.raises(DesyncError, match="Ranks 1, 2 average the gradients of other tensors than rank 0"):
+            mean.wait(mean.send(0, np.ones(mean.fragments[0].size, np.float32)))
+
+    on_ranks(RANKS, body)
+
+
+@pytest.mark.parametrize("size", [1e5, 1e30])
+@pytest.mark.parametrize("wire", [wire for wire in BOUNDS if not wire.startswith("topk")])
+def test_gradients_larger_than_float16_are_averaged_like_others(wire: str, size: float) -> None:
+    """A loss scaler makes them: sent as float16's largest, they would be late by ever more steps, and say nothing."""
+
+    def body(transport: Transport) -> np.ndarray:
+        mean = GradientMean(EveryStep(wire=wire), SPECS, TransportChannel(transport))
+        large = [average(mean, np.float32(size) * gradient(transport.rank, step)) for step in range(3)]
+        return np.stack([np.float64(1 / size) * g for g in large])
+
+    for found in on_ranks(RANKS, body):
+        sums, wanted = np.cumsum(found, axis=0), np.cumsum([true_mean(step) for step in range(3)], axis=0)
+        assert np.abs(sums - wanted).max() <= 2 * BOUNDS[wire] * 6 + 1e-5
 
 
 def test_bytes_are_counted_by_the_formula() -> None:
