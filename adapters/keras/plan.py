@@ -87,9 +87,9 @@ class Distribution:
         return self.agreement.update if isinstance(self.agreement, EveryStep) and self.agreement.placed else None  # type: ignore[return-value]
 
     @property
-    def coded(self) -> bool:
-        """Whether gradients travel in a wire format of their own."""
-        return isinstance(self.agreement, EveryStep) and self.agreement.coded
+    def coded(self) -> EveryStep | None:
+        """The agreement, where gradients travel in a wire format of their own."""
+        return self.agreement if isinstance(self.agreement, EveryStep) and self.agreement.coded else None
 
     def facts(self) -> dict[str, object]:
         """What must be the same on every rank."""

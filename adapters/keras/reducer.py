@@ -45,7 +45,7 @@ class Reducer:
         self._given_model = model  # whose running statistics meet in rounds
         self.placed: PlacedUpdate | None = None  # once the optimizer is built, where ranks update different elements
         self.state: PlacedState | None = None
-        self.coded = CodedMean(plan.agreement, plan.process_set, model) if plan.coded else None
+        self.coded = None if plan.coded is None else CodedMean(plan.coded, plan.process_set, model)
         self._training: LocalTraining | None = None
         self._pending: PendingSync[Any] | None = None  # what the user has of it
         self.moments_begun: Any = None  # while moments are corrected

@@ -70,7 +70,7 @@ class GradientMean:
     def send(self, message: int, values: Float32s) -> Future[Float32s]:
         """Begin to average ``values``, float32[n], of the tensors of ``fragments[message]``; in place.
 
-        They are NaN afterwards where any rank's held NaN or infinity: on every rank, and nothing is kept of that step.
+        They are NaN afterwards where any rank's held NaN or infinity: on every rank, and nothing of them is kept.
 
         Raises (in the future):
             DesyncError: ranks are at different steps, or bring the gradients of different tensors.
@@ -103,8 +103,8 @@ class GradientMean:
         others = [rank for rank, digest in zip(others, table[1:, -1], strict=True) if digest != table[0, -1]]
         if others:
             raise DesyncError(
-                f"Ranks {', '.join(map(str, others))} average the gradients of other tensors than rank {first}. Freeze "
-                "and unfreeze the same parameters on every rank, and give every rank the same model=."
+                f"Rank {first} brings the gradients of other tensors than {', '.join(map(str, others))}. Freeze and "
+                "unfreeze the same parameters on every rank, and give every rank the same model=."
             )
         return Meeting(table, self._channel.ranks)
 

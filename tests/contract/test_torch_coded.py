@@ -196,7 +196,7 @@ def test_weights_frozen_on_one_rank_only_are_told(driver: ContractDriver, rank: 
             backward(model, rank)
             optimizer.step()
         model[min(rank, 1)].requires_grad_(False)  # two layers of the same sizes
-        with pytest.raises(hvd.DesyncError, match="of other tensors than rank 0"):
+        with pytest.raises(hvd.DesyncError, match="of other tensors than"):
             backward(model, rank)
 
 

@@ -167,7 +167,7 @@ def test_ranks_that_bring_other_tensors_are_told_before_anything_travels() -> No
         other = tuple(replace(spec, name=f"other {spec.name}") for spec in SPECS)
         specs = (other, SPECS[1:], SPECS)[transport.rank]
         mean = GradientMean(EveryStep(wire="int8"), specs, TransportChannel(transport))
-        with pytest.raises(DesyncError, match="Ranks 1, 2 average the gradients of other tensors than rank 0"):
+        with pytest.raises(DesyncError, match="Rank 0 brings the gradients of other tensors than 1, 2"):
             mean.wait(mean.send(0, np.ones(mean.fragments[0].size, np.float32)))
 
     on_ranks(RANKS, body)
