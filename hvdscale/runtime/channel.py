@@ -23,6 +23,9 @@ Float32s = npt.NDArray[np.float32]
 Float64s = npt.NDArray[np.float64]
 
 _PAUSE_SECONDS = 0.0005
+# From here on the time of a message is its bytes, and MPI's own order, all at once, shares links out badly: an
+# all-gather of 0.8 MB of 4 ranks took 1.8 times what 100 Mbit/s allow, round a ring 1.1 times.
+_LARGE_BYTES = 64 << 10
 
 
 class Channel(Protocol):
@@ -151,7 +154,13 @@ class MPIChannel:
 
         received = np.empty_like(rows)
         self.sent_bytes += (self.size - 1) * rows.shape[1]
-        self._transport.wait(self._comm.Ialltoall([rows, MPI.BYTE], [received, MPI.BYTE]))
+        if rows.shape[1] < _LARGE_BYTES:
+            self._transport.wait(self._comm.Ialltoall([rows, MPI.BYTE], [received, MPI.BYTE]))
+            return received
+        received[self.rank] = rows[self.rank]
+        for hop in range(1, self.size):  # one message at a time on every link, each way
+            to, source = (self.rank + hop) % self.size, (self.rank - hop) % self.size
+            self._trade(rows[to], to, received[source], source)
         return received
 
     def allgather(self, data: Bytes) -> Bytes:
@@ -159,20 +168,33 @@ class MPIChannel:
 
         everyone = np.empty((self.size, data.size), np.uint8)
         self.sent_bytes += (self.size - 1) * data.size
-        self._transport.wait(self._comm.Iallgather([data, MPI.BYTE], [everyone, MPI.BYTE]))
+        if data.size < _LARGE_BYTES:
+            self._transport.wait(self._comm.Iallgather([data, MPI.BYTE], [everyone, MPI.BYTE]))
+            return everyone
+        everyone[self.rank] = data
+        after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        for hop in range(
+            self.size - 1
+        ):  # round a ring: what came last goes on, over one connection that keeps its pace
+            held, comes = (self.rank - hop) % self.size, (before - hop) % self.size
+            self._trade(everyone[held], after, everyone[comes], before)
         return everyone
 
     def swap(self, data: Bytes, to: int, source: int) -> Bytes:
-        from mpi4py import MPI
-
         if to == self.rank == source:
             return data
         received = np.empty_like(data)
         self.sent_bytes += data.nbytes
-        sending = self._comm.Isend([data, MPI.BYTE], to)
-        self._transport.wait(self._comm.Irecv([received, MPI.BYTE], source))
-        self._transport.wait(sending)
+        self._trade(data, to, received, source)
         return received
+
+    def _trade(self, data: Bytes, to: int, out: Bytes, source: int) -> None:
+        from mpi4py import MPI
+
+        receiving = self._comm.Irecv([out, MPI.BYTE], source)
+        sending = self._comm.Isend([data, MPI.BYTE], to)
+        self._transport.wait(receiving)
+        self._transport.wait(sending)
 
     def split(self, groups: Sequence[Sequence[int]], patient: bool = False) -> Channel | None:
         mine = _group_of(self.rank, groups)
