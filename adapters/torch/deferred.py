@@ -42,6 +42,7 @@ class WeightsLater(TorchFunctionMode):
         with torch.no_grad():
             for add in left:
                 add()
+        left.clear()  # it is on the graph, whose activations it holds: neither would ever be let go
 
 
 def _apply(func: Any, given: dict[str, Any], left: list[Callable[[], None]]) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import hvdscale.torch as hvd
+from hvdscale.torch.deferred import WeightsLater
 from tests.contract.sharding import ALONG_DATA
 from tests.contract.torch_pipelines import MODELS, SAMPLES, SEED, alone, fresh, plain, tokens, vectors
 
@@ -322,6 +325,24 @@ def average(models: list[nn.Module]) -> None:
         mean = sum(parameters) / len(models)
         for parameter in parameters:
             parameter.copy_(mean)
+
+
+def test_what_a_split_backward_pass_kept_is_let_go() -> None:
+    """At once, without a search for cycles: activations would pile up."""
+    layers = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Conv1d(4, 2, 1))
+    gc.disable()
+    try:
+        later = WeightsLater()
+        with later:
+            hidden = layers[1](layers[0](torch.ones(5, 3)))
+            loss = layers[2](hidden.t()[None]).sum()
+        loss.backward()
+        later.run()
+        alive = weakref.ref(hidden)
+        del hidden, loss
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_the_random_state_of_the_script_is_left_alone(size: int) -> None:
