@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,16 +43,19 @@ class CodedMean:
             return list(gradients)
         mean = self._mean([variables[i] for i in present])
         order = [present[p] for p in mean.fragments[0].positions]
-        flat = ops.concatenate([ops.reshape(ops.cast(gradients[i], "float32"), (-1,)) for i in order])
+        sizes = [math.prod(variables[i].shape) for i in order]  # a graph may not know its gradients' shapes
+        flat = ops.concatenate(
+            [ops.reshape(ops.cast(gradients[i], "float32"), (n,)) for i, n in zip(order, sizes, strict=True)]
+        )
 
         def exchange(values: np.ndarray) -> np.ndarray:
             return mean.wait(mean.send(0, np.array(values, np.float32)))
 
         averaged = verbs.exchanged(flat, exchange)
-        ends = np.cumsum([int(np.prod(variables[i].shape)) for i in order])
-        results = list(gradients)
-        for i, part in zip(order, ops.split(averaged, ends[:-1].tolist()), strict=True):
-            results[i] = ops.cast(ops.reshape(part, variables[i].shape), gradients[i].dtype)
+        results, stop = list(gradients), 0
+        for i, size in zip(order, sizes, strict=True):
+            start, stop = stop, stop + size
+            results[i] = ops.cast(ops.reshape(averaged[start:stop], variables[i].shape), gradients[i].dtype)
         return results
 
     def metrics(self) -> dict[str, float]:

@@ -82,6 +82,23 @@ def test_a_model_with_an_embedding_trains_as_it_is(driver: ContractDriver, rank:
     assert set(np.flatnonzero(moved)) == set(range(1, 7 + size - 1))
 
 
+def test_one_gradient_whose_shape_only_the_running_graph_knows(driver: ContractDriver, rank: int, size: int) -> None:
+    """As TensorFlow's graphs have them behind a matrix product of slices."""
+    keras.utils.set_random_seed(3)
+    table = keras.Variable(np.ones((4, 3), np.float32), name="table")
+    optimizer = distribute(driver, SGD(1.0), None)
+
+    def step(gradient: Any) -> None:
+        optimizer.apply([gradient], [table])
+
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        step = tf.function(step, input_signature=[tf.TensorSpec(None, tf.float32)])
+    step(keras.ops.full((4, 3), float(rank)))
+    np.testing.assert_allclose(np.asarray(table.numpy()), 1 - (size - 1) / 2, atol=1e-3)
+
+
 @pytest.mark.parametrize("eager", [False, True])
 def test_one_rank_overflows_and_all_skip_the_step(
     driver: ContractDriver, policy: Callable[[str], None], eager: bool
