@@ -6,16 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
 from hvdscale.errors import StateError
 from hvdscale.keras.backend import verbs
-from hvdscale.keras.store import embedding_tables, outer_names
+from hvdscale.keras.store import embedding_tables, outer_names, spec_of
 from hvdscale.sync import EveryStep
-from hvdscale.sync.gradient_mean import GradientMean
-from hvdscale.sync.tensors import TensorSpec
+from hvdscale.sync.gradient_mean import GradientMean, metrics_of
 
 __all__ = ["CodedMean"]
 
@@ -60,11 +58,7 @@ class CodedMean:
 
     def metrics(self) -> dict[str, float]:
         """``rounds``, ``bytes_sent`` and ``seconds`` waited."""
-        figures = [mean.metrics() for mean in self._means.values()]
-        if not figures:
-            return {"rounds": 0, "bytes_sent": 0, "seconds": 0.0}
-        added = {name: sum(f[name] for f in figures) for name in ("rounds", "seconds")}
-        return {**added, "bytes_sent": figures[0]["bytes_sent"]}  # of the channel they share
+        return metrics_of(self._means.values())
 
     def state_dict(self) -> dict[str, Any]:
         if len(self._means) > 1:
@@ -85,10 +79,7 @@ class CodedMean:
         if key not in self._means:
             tables = embedding_tables(self._model)
             specs = [
-                TensorSpec(
-                    *(name, tuple(v.shape), keras.backend.standardize_dtype(v.dtype)),
-                    "embedding" if id(v) in tables else "weight",
-                )
+                spec_of(name, v, "embedding" if id(v) in tables else "weight")
                 for name, v in zip(outer_names(variables), variables, strict=True)
             ]
             with verbs.eager():

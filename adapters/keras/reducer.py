@@ -86,14 +86,13 @@ class Reducer:
                     self._pending.start(self._training.sync)
             return self._pending
         variables = optimizer._trainable_variables if self.placed is None else self.placed.variables
-        state = self.state
+        read = lambda: {path_of(v): verbs.tensor(v) for v in variables}  # noqa: E731
         if self.coded is not None and self.exchanges:
-            read = lambda: {path_of(v): verbs.tensor(v) for v in variables}  # noqa: E731
             return SteadySync(read, metrics=self.coded.metrics, kept=self.coded)
+        state = self.state
         if state is None:
-            return SteadySync(lambda: {path_of(v): verbs.tensor(v) for v in variables})
-        figures = lambda: {"state_bytes": float(state.bytes())}  # noqa: E731
-        return SteadySync(lambda: {path_of(v): verbs.tensor(v) for v in variables}, state.flush, figures)
+            return SteadySync(read)
+        return SteadySync(read, state.flush, lambda: {"state_bytes": float(state.bytes())})
 
     def _variables_of(self, optimizer: Any) -> Sequence[Any]:
         model, variables = self._given_model, optimizer._trainable_variables

@@ -17,7 +17,7 @@ from hvdscale.keras.first_state import FirstState
 from hvdscale.keras.replicas import path_of
 from hvdscale.sync.tensors import Role, Tensors, TensorSpec
 
-__all__ = ["KerasStore", "check_reset", "embedding_tables", "outer_names", "slots_of"]
+__all__ = ["KerasStore", "check_reset", "embedding_tables", "outer_names", "slots_of", "spec_of"]
 
 
 class VariableList:
@@ -125,10 +125,7 @@ class KerasStore:
         start = len(self.variables)
         self.variables += [variable for variable, _ in entries]
         names = outer_names([v for v, _ in entries])
-        specs = [
-            TensorSpec(name, tuple(v.shape), keras.backend.standardize_dtype(v.dtype), role)
-            for name, (v, role) in zip(names, entries, strict=True)
-        ]
+        specs = [spec_of(name, v, role) for name, (v, role) in zip(names, entries, strict=True)]
         return specs, list(range(start, len(self.variables)))
 
     def _list_of_moments(self, variables: Sequence[Any]) -> list[list[int]]:
@@ -143,6 +140,11 @@ class KerasStore:
             moments += [(slot[at], "moment") for slot in slots]
         self._moment_specs, self._moment_places = self._register(moments)
         return owned
+
+
+def spec_of(name: str, variable: Any, role: Role) -> TensorSpec:
+    """What a round is told of ``variable``."""
+    return TensorSpec(name, tuple(variable.shape), keras.backend.standardize_dtype(variable.dtype), role)
 
 
 def layers_of(model: Any) -> list[Any]:

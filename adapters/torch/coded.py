@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from hvdscale.errors import PlanError
 from hvdscale.runtime.channel import Channel
 from hvdscale.sync import EveryStep
-from hvdscale.sync.gradient_mean import GradientMean
+from hvdscale.sync.gradient_mean import GradientMean, metrics_of
+from hvdscale.sync.tensors import Role
 from hvdscale.torch.channel import open_channel
 from hvdscale.torch.gradients import Finish
 from hvdscale.torch.reducer import Reducer
@@ -60,9 +61,7 @@ class CodedReducer(Reducer):
 
     def metrics(self) -> dict[str, float]:
         """``rounds``, ``bytes_sent`` and ``seconds`` waited."""
-        figures = [self._averaging().metrics(), *(m.metrics() for m in self._means.values() if m is not self._mean)]
-        added = {name: sum(f[name] for f in figures) for name in ("rounds", "seconds")}
-        return {**added, "bytes_sent": figures[0]["bytes_sent"]}  # of the channel they share
+        return metrics_of(self._means.values())
 
     def state_dict(self) -> dict[str, Any]:
         """Of what is trainable now."""
@@ -84,11 +83,7 @@ class CodedReducer(Reducer):
         if self._channel is None:
             self.open()
         assert self._channel is not None
-        specs = [
-            spec_of(self._names[p], parameter, "embedding" if id(parameter) in self._embeddings else "weight")
-            for p in positions
-            for parameter in [self._parameters[p]]
-        ]
+        specs = [spec_of(self._names[p], self._parameters[p], self._role(p)) for p in positions]
         key, messages = tuple(positions), _MESSAGES if self._over_hosts else 1
         if key not in self._means:
             self._means[key] = GradientMean(self._wire, specs, self._channel, messages, beside=True)
@@ -96,6 +91,9 @@ class CodedReducer(Reducer):
         self._specs = dict(zip(positions, specs, strict=True))
         self._values = [np.empty(fragment.size, np.float32) for fragment in self._mean.fragments]
         return [[positions[p] for p in fragment.positions] for fragment in self._mean.fragments]
+
+    def _role(self, position: int) -> Role:
+        return "embedding" if id(self._parameters[position]) in self._embeddings else "weight"
 
     def _launch(self, bucket: list[int]) -> None:
         message = self._bucket_of.get(bucket[0])

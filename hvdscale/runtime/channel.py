@@ -173,9 +173,8 @@ class MPIChannel:
             return everyone
         everyone[self.rank] = data
         after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
-        for hop in range(
-            self.size - 1
-        ):  # round a ring: what came last goes on, over one connection that keeps its pace
+        # Round a ring: what came last goes on, over one connection that keeps its pace.
+        for hop in range(self.size - 1):
             held, comes = (self.rank - hop) % self.size, (before - hop) % self.size
             self._trade(everyone[held], after, everyone[comes], before)
         return everyone

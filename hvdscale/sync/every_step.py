@@ -31,7 +31,7 @@ class EveryStep:
         wire: what a gradient looks like on the way: ``"fp32"`` (Horovod's all-reduce, of any dtype), ``"fp16"``,
             ``"bf16"``, ``"int8"``, ``"int4"`` or ``"topk:f"``. What coding loses is sent with the next step's gradients
             (error feedback). Vectors (biases, norms) and embeddings, known from ``model=``, go as fp32 all the same.
-            For slow links: int8 sends a quarter of the bytes, int4 an eighth, and both train as fp32 does.
+            For slow links: int8 sends a quarter of the bytes, int4 an eighth, and both train nearly as fp32 does.
 
     Raises:
         PlanError: an argument is anything else, or both are given.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -31,7 +31,7 @@ from hvdscale.sync.state import check_origin, copy_into, origin
 from hvdscale.sync.tensors import TensorSpec
 from hvdscale.update.outer import Float32s
 
-__all__ = ["GradientMean"]
+__all__ = ["GradientMean", "metrics_of"]
 
 _ROOM = 2.0**15  # of float16, whose largest value is 65504: what coding kept is added
 
@@ -157,3 +157,10 @@ class GradientMean:
             for i, mean in enumerate(self._means)
             for name, array in mean.arrays().items()
         }
+
+
+def metrics_of(means: Iterable[GradientMean]) -> dict[str, float]:
+    """``metrics()`` of several that share a channel, as of one; of none so far: zeros."""
+    figures = [mean.metrics() for mean in means] or [{"rounds": 0, "bytes_sent": 0, "seconds": 0.0}]
+    added = {name: sum(one[name] for one in figures) for name in ("rounds", "seconds")}
+    return {**added, "bytes_sent": figures[0]["bytes_sent"]}

@@ -11,7 +11,7 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -77,3 +77,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         sys.__stderr__.write(f"\nFAILED {item.nodeid} ({call.when})\n{report.longreprtext}\n")
         sys.__stderr__.flush()
         abort(1)
+
+
+@pytest.fixture
+def policy() -> Iterator[Callable[[str], None]]:
+    """Sets Keras's dtype policy for one test."""
+    import keras
+
+    yield keras.config.set_dtype_policy
+    keras.config.set_dtype_policy("float32")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -21,18 +21,13 @@ from tests.contract.keras_reference import (
     network,
     own_batches,
     plain_weights,
+    small_batches,
     weights_of,
 )
 
 START = oracle.initial_weights()
 SGD, Adam = keras.optimizers.SGD, keras.optimizers.Adam
 HALF = EveryStep(wire="fp16")  # close enough to be compared with training in float32
-
-
-@pytest.fixture
-def policy() -> Iterator[Callable[[str], None]]:
-    yield keras.config.set_dtype_policy
-    keras.config.set_dtype_policy("float32")
 
 
 def distribute(driver: ContractDriver, optimizer: Any, model: Any, plan: EveryStep = HALF, **more: Any) -> Any:
@@ -106,7 +101,7 @@ def test_one_rank_overflows_and_all_skip_the_step(
     policy("mixed_float16")
     small = [np.float32(0.1) * w for w in START]
     model = network(small)
-    batches = [(np.float32(0.1) * x, np.float32(0.1) * y) for x, y in own_batches(4)]
+    batches = small_batches(own_batches(4))
     if driver.hvd.rank() == 0:
         batches[1][0][0, 0] = np.inf
     fit(model, distribute(driver, SGD(0.1), model, EveryStep(wire="int8")), batches, run_eagerly=eager)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -19,23 +19,13 @@ from tests.contract.keras_reference import (
     network,
     own_batches,
     plain_weights,
+    small_batches,
     weights_of,
 )
-from tests.contract.oracle import Batch
 
 # Small numbers: at the first loss scale nothing overflows but what is planted.
 SMALL = [0.1 * w for w in oracle.initial_weights()]
 SGD = keras.optimizers.SGD
-
-
-@pytest.fixture
-def policy() -> Iterator[Callable[[str], None]]:
-    yield keras.config.set_dtype_policy
-    keras.config.set_dtype_policy("float32")
-
-
-def _small(batches: list[Batch]) -> list[Batch]:
-    return [(np.float32(0.1) * x, np.float32(0.1) * y) for x, y in batches]
 
 
 def _inside(hvd: Any) -> Any:
@@ -69,7 +59,7 @@ def test_one_rank_overflows_and_all_skip_the_step(
 ) -> None:
     policy("mixed_float16")
     model = network(SMALL)
-    batches = _small(own_batches(4))
+    batches = small_batches(own_batches(4))
     if driver.hvd.rank() == 0:
         batches[1][0][0, 0] = np.inf
     fit(model, make(driver.hvd), batches, run_eagerly=eager)
@@ -88,10 +78,10 @@ def test_half_precision_trains_near_full_precision(
 ) -> None:
     policy(name)
     model = network(SMALL)
-    fit(model, driver.hvd.DistributedOptimizer(SGD(0.1)), _small(own_batches(3)))
+    fit(model, driver.hvd.DistributedOptimizer(SGD(0.1)), small_batches(own_batches(3)))
     policy("float32")
     assert_equal_everywhere(model.weights)
-    expected = plain_weights(SGD(0.1), _small(all_batches(3)), SMALL)
+    expected = plain_weights(SGD(0.1), small_batches(all_batches(3)), SMALL)
     assert_close(weights_of(model), expected, 3e-3)
     moved = max(float(np.abs(a - b).max()) for a, b in zip(expected, SMALL, strict=True))
     assert moved > 1e-2  # far more than the tolerance
