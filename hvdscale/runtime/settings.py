@@ -9,7 +9,7 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hvdscale.runtime import rules
+from hvdscale.runtime import memory, rules
 from hvdscale.runtime.cores import bound_by_default, own_cores, release_binding, usable_cores
 from hvdscale.runtime.launch import Launch
 
@@ -51,7 +51,7 @@ def put_in_force(launch: Launch, env: MutableMapping[str, str], mpi_running: boo
     bound = launch.controller == "mpi" and launch.local_size > 1 and bound_by_default(env)
     released = (_release(env),) if bound else ()
     chosen = choose_settings(launch, usable_cores(), own_cores())
-    return (*released, *_with_rules(apply_settings(chosen, env, mpi_running), env))
+    return (*released, *_with_rules(apply_settings(chosen, env, mpi_running), env), *_keep_memory(env))
 
 
 def _release(env: Mapping[str, str]) -> Setting:
@@ -61,6 +61,19 @@ def _release(env: Mapping[str, str]) -> Setting:
         "then share it with Horovod's; give mpirun --bind-to to choose yourself"
     )
     return Setting("CPU binding", f"none ({len(cores)} cores)", why)
+
+
+def _keep_memory(env: Mapping[str, str]) -> tuple[Setting, ...]:
+    """In force at once, unlike variables, which ``malloc`` reads as a process starts."""
+    return tuple(_keep(tuned, env) for tuned in memory.TUNED) if memory.uses_glibc() else ()
+
+
+def _keep(tuned: memory.Tuned, env: Mapping[str, str]) -> Setting:
+    users = memory.set_by_user(tuned, env)
+    if users is not None:
+        return Setting(tuned.variable, users, "set by you", "user")
+    taken = memory.keep_freed_memory(tuned)
+    return Setting(tuned.variable, str(tuned.value_bytes), tuned.reason, "hvdscale" if taken else "failed")
 
 
 def choose_settings(launch: Launch, cores: int, own: int | None = None) -> tuple[Setting, ...]:

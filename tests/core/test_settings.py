@@ -20,6 +20,7 @@ YIELD = "OMPI_MCA_mpi_yield_when_idle"
 USE_RULES = "OMPI_MCA_coll_tuned_use_dynamic_rules"
 RULES_FILE = "OMPI_MCA_coll_tuned_dynamic_rules_filename"
 THREADS = {"OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"}
+MALLOC = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}  # told to this process, not to its environment
 MPI = {YIELD, USE_RULES, RULES_FILE}
 
 ALONE = Launch("none", "single")
@@ -71,8 +72,21 @@ def test_ranks_of_a_host_share_its_cores(local_size: int, cores: int, own: int |
 def test_settings_are_written_for_this_process() -> None:
     env = {"HOME": os.environ["HOME"]}
     settled = put_in_force(TWO_HERE, env, mpi_running=False)
-    assert {setting.name: setting.value for setting in settled}.items() <= env.items()
+    assert {name: s.value for name, s in by_name(settled).items() if name not in MALLOC}.items() <= env.items()
     assert Path(env[RULES_FILE]).read_text() == rules.rules_text()
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"},
+        {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072:glibc.malloc.trim_threshold=131072"},
+    ],
+    ids=["variables", "tunables"],
+)
+def test_what_the_user_told_malloc_stays(env: dict[str, str]) -> None:
+    settled = by_name(put_in_force(TWO_HERE, {"HOME": os.environ["HOME"], **env}, mpi_running=False))
+    assert {(settled[name].value, settled[name].origin) for name in MALLOC} == {("131072", "user")}
 
 
 def test_looking_at_the_settings_writes_nothing(home: Path) -> None:
