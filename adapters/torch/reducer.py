@@ -240,7 +240,8 @@ class Reducer(StepsOnParameters):
 
     def _plan(self, positions: list[int]) -> list[list[int]]:
         """Which parameters travel together: called when other ones than before are trainable."""
-        return self.reduction.buckets(positions)
+        parameters = [self._parameters[position] for position in positions]
+        return self.reduction.buckets(positions, [p.numel() * p.element_size() for p in parameters])
 
     def _ask(self) -> None:
         """Let a rank without a gradient know what kind its peers send. Every rank comes here once in such a round."""

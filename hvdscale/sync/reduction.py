@@ -15,6 +15,9 @@ __all__ = ["Reduction", "read_groups"]
 
 Op = Literal["average", "sum", "adasum"]
 
+_MESSAGES = 4  # of a small model: one travels while the backward pass makes the next
+_LEAST_BYTES, _MOST_BYTES = 1 << 20, 25 << 20
+
 
 @dataclass(frozen=True)
 class Reduction:
@@ -63,14 +66,17 @@ class Reduction:
         """``(before, after)`` the sum; Horovod itself divides an average by the number of ranks."""
         return (1.0 / self.predivide, self.predivide)
 
-    def buckets(self, positions: Sequence[int]) -> list[list[int]]:
+    def buckets(self, positions: Sequence[int], size_bytes: Sequence[int] = ()) -> list[list[int]]:
         """Split ``positions`` of the registry into the groups that travel together, in order.
 
         With a number of groups: that many, of nearly equal length. With explicit groups: those, then each
-        remaining position alone. Without: each alone.
+        remaining position alone. Without: by ``size_bytes``, one per position, neighbours together and the last
+        first, as backward passes make gradients; each alone where sizes are not given, or for Adasum, which looks
+        at each tensor by itself.
         """
         if self.groups is None:
-            return [[p] for p in positions]
+            alone = self.op == "adasum" or not size_bytes
+            return [[p] for p in positions] if alone else _neighbours(positions, size_bytes)
         if isinstance(self.groups, int):
             count = min(self.groups, len(positions))
             edges = [len(positions) * i // count for i in range(count + 1)] if count else [0]
@@ -79,6 +85,20 @@ class Reduction:
         grouped = [[p for p in group if p in present] for group in self.groups]
         taken = {p for group in grouped for p in group}
         return [g for g in grouped if g] + [[p] for p in positions if p not in taken]
+
+
+def _neighbours(positions: Sequence[int], size_bytes: Sequence[int]) -> list[list[int]]:
+    """A few large messages: every one makes all ranks meet, which costs those that share cores their time."""
+    limit = min(max(sum(size_bytes) / _MESSAGES, _LEAST_BYTES), _MOST_BYTES)
+    buckets: list[list[int]] = []
+    filled = 0
+    for position, size in zip(reversed(positions), reversed(size_bytes), strict=True):
+        if not buckets or filled + size > limit:
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(position)
+        filled += size
+    return buckets
 
 
 def read_groups(groups: Any) -> tuple[int | None, tuple[tuple[Any, ...], ...]]:

@@ -62,6 +62,26 @@ def test_a_number_of_groups_cuts_evenly_and_loses_nothing(count: int, positions:
     assert not sizes or max(sizes) - min(sizes) <= 1
 
 
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("sizes", "buckets"),
+    [
+        ([], []),
+        ([0], [[0]]),
+        ([8, 8, 8], [[2, 1, 0]]),
+        ([MIB] * 8, [[7, 6], [5, 4], [3, 2], [1, 0]]),  # a fourth each
+        ([MIB, 4, 4 * MIB, 4, 3 * MIB], [[4], [3], [2], [1, 0]]),  # a large one alone
+        ([40 * MIB] + [10 * MIB] * 10, [[10, 9], [8, 7], [6, 5], [4, 3], [2, 1], [0]]),  # none above 25 MiB of several
+    ],
+)
+def test_without_groups_neighbours_travel_together_the_last_first(sizes: list[int], buckets: list[list[int]]) -> None:
+    positions = list(range(len(sizes)))
+    assert Reduction().buckets(positions, sizes) == buckets
+    assert Reduction(op="adasum").buckets(positions, sizes) == [[p] for p in positions]
+
+
 @pytest.mark.parametrize(("predivide", "scales"), [(1.0, (1.0, 1.0)), (4.0, (0.25, 4.0)), (0.5, (2.0, 0.5))])
 def test_what_is_divided_before_the_sum_is_given_back_after(predivide: float, scales: tuple[float, float]) -> None:
     assert Reduction(predivide=predivide).scales() == scales

@@ -85,6 +85,17 @@ _CLOSE_QUEUES = (
     ),
 )
 
+_ONE_BEAT = (
+    Edit(
+        "horovod/common/operations.cc",
+        "            : ResponseList();\n\n    if (process_set_id == 0) {\n",
+        "            : ResponseList();\n    state.last_cycle_start = std::chrono::steady_clock::now();\n\n"
+        "    if (process_set_id == 0) {\n",
+        "each rank slept to a beat of its own, and then spun until the others' came: up to a core, with nothing to do; "
+        "now all sleep from the moment in which they met",
+    ),
+)
+
 _LET_GO_OF_PYTHON = (
     Edit(
         "horovod/torch/mpi_ops_v2.cc",
@@ -143,6 +154,6 @@ _FOR_CUDA = (
 HOROVOD = Source(
     "0.28.1",
     "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0",
-    (*_COMPILE, *_CLOSE_QUEUES, *_LET_GO_OF_PYTHON),
+    (*_COMPILE, *_CLOSE_QUEUES, *_ONE_BEAT, *_LET_GO_OF_PYTHON),
     _FOR_CUDA,
 )
