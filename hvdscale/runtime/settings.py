@@ -95,6 +95,11 @@ def choose_settings(launch: Launch, cores: int, own: int | None = None) -> tuple
         why = "a waiting rank gives its core to one that computes, instead of spinning on it"
         chosen.append(Setting(f"{_MCA}mpi_yield_when_idle", "1", why))
         why = (
+            "Horovod's threads sleep from when they last met, each for as long as the others, and need not wait for "
+            "each other in between (Horovod as hvdscale builds it)"
+        )
+        chosen.append(Setting("HVDSCALE_CYCLES", "together", why))
+        why = (
             f"all-reduces from {rules.ring_from_bytes(launch.size) // 1024} KiB go round the ring, which sends the "
             "fewest bytes and loads every link alike; smaller ones take fewer messages"
         )

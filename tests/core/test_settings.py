@@ -17,6 +17,7 @@ from hvdscale.runtime.launch import Launch, read_launch
 from hvdscale.runtime.settings import FRONT, Setting, apply_settings, choose_settings, put_in_force
 
 YIELD = "OMPI_MCA_mpi_yield_when_idle"
+CYCLES = "HVDSCALE_CYCLES"
 USE_RULES = "OMPI_MCA_coll_tuned_use_dynamic_rules"
 RULES_FILE = "OMPI_MCA_coll_tuned_dynamic_rules_filename"
 THREADS = {"OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"}
@@ -47,8 +48,8 @@ def by_name(settings: tuple[Setting, ...]) -> dict[str, Setting]:
     [
         (ALONE, {"HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"}),
         (ONE_BY_MPIRUN, set()),
-        (TWO_HERE, THREADS | MPI),
-        (ONE_PER_HOST, MPI),
+        (TWO_HERE, THREADS | MPI | {CYCLES}),
+        (ONE_PER_HOST, MPI | {CYCLES}),
         (TWO_BY_GLOO, THREADS),
     ],
     ids=["alone", "one-rank", "two-here", "four-hosts", "gloo"],
@@ -103,8 +104,8 @@ def test_rules_that_cannot_be_written_leave_the_choice_to_open_mpi(monkeypatch: 
     monkeypatch.setattr(rules, "write_rules", write_rules)
     env: dict[str, str] = {}
     settled = by_name(put_in_force(ONE_PER_HOST, env, mpi_running=False))
-    assert set(env) == {YIELD, FRONT}
-    assert env[FRONT] == YIELD
+    assert set(env) == {YIELD, CYCLES, FRONT}
+    assert env[FRONT] == f"{CYCLES},{YIELD}"
     for name in (USE_RULES, RULES_FILE):
         assert settled[name].origin == "failed"
         assert "No space left on device" in settled[name].reason
@@ -126,8 +127,8 @@ def test_who_chose_the_all_reduce_does_not_meet_our_rules(name: str) -> None:
     """Open MPI would prefer our file to a forced algorithm."""
     env = {name: "3"}
     settled = apply_settings(choose_settings(ONE_PER_HOST, 4), env, mpi_running=False)
-    assert {setting.name for setting in settled if setting.origin == "hvdscale"} == {YIELD}
-    assert set(env) == {name, YIELD, FRONT}
+    assert {setting.name for setting in settled if setting.origin == "hvdscale"} == {YIELD, CYCLES}
+    assert set(env) == {name, YIELD, CYCLES, FRONT}
 
 
 def test_a_parameter_in_the_users_file_wins(home: Path) -> None:
@@ -144,7 +145,7 @@ def test_mpi_settings_come_too_late_once_mpi_runs() -> None:
     settled = by_name(apply_settings(choose_settings(TWO_HERE, 4), env, mpi_running=True))
     assert {name for name, setting in settled.items() if setting.origin == "late"} == MPI
     assert all("call init() first" in settled[name].reason for name in MPI)
-    assert set(env) == {*THREADS, FRONT}
+    assert set(env) == {*THREADS, CYCLES, FRONT}
 
 
 def test_what_the_front_has_set_is_not_the_users(home: Path) -> None:

@@ -89,10 +89,16 @@ _ONE_BEAT = (
     Edit(
         "horovod/common/operations.cc",
         "            : ResponseList();\n\n    if (process_set_id == 0) {\n",
-        "            : ResponseList();\n    state.last_cycle_start = std::chrono::steady_clock::now();\n\n"
-        "    if (process_set_id == 0) {\n",
+        """            : ResponseList();
+    static const char* cycles = std::getenv("HVDSCALE_CYCLES");
+    if (cycles != nullptr && std::string(cycles) == "together") {
+      state.last_cycle_start = std::chrono::steady_clock::now();
+    }
+
+    if (process_set_id == 0) {
+""",
         "each rank slept to a beat of its own, and then spun until the others' came: up to a core, with nothing to do; "
-        "now all sleep from the moment in which they met",
+        "told so, all sleep from the moment in which they met",
     ),
 )
 
