@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import keras
@@ -79,10 +79,19 @@ __all__ = [
 FRAMEWORK = "tensorflow"
 
 
-def eager() -> AbstractContextManager[Any]:
-    """What runs inside happens now, once, even while a ``tf.function`` is traced."""
-    context: AbstractContextManager[Any] = tf.init_scope()
-    return context
+@contextmanager
+def eager() -> Iterator[None]:
+    """What runs inside happens now, once, even while a ``tf.function`` is traced.
+
+    Variables made inside have their values at once, so they are none of those that TensorFlow lifts out of the function:
+    for such it traces a second time, which would double what a first step of ``fit`` takes to set up.
+    """
+
+    def stays(make: Callable[..., Any], **given: Any) -> Any:
+        return make(**{**given, "experimental_enable_variable_lifting": False})
+
+    with tf.init_scope(), tf.variable_creator_scope(stays):
+        yield
 
 
 def initialised(variables: Sequence[Any]) -> bool:
