@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import ModuleType
@@ -14,6 +16,22 @@ from typing import Any
 import numpy as np
 
 from tests.contract.oracle import Batch, Weights
+
+TRACES = os.environ.get("HVDSCALE_ADAPTER") == "tensorflow" or (
+    os.environ.get("HVDSCALE_ADAPTER") == "keras" and os.environ.get("KERAS_BACKEND", "tensorflow") == "tensorflow"
+)
+"""Whether a training traces graphs before its first step, which takes far longer than the steps."""
+
+
+def crossed(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Rows of a table of promises: every combination of the values of ``axes``.
+
+    Where trainings trace graphs, rows in which every value is there once. How the values go together is decided in the
+    core, for all adapters alike, and PyTorch's full table shows it; a row here shows that TensorFlow carries it out.
+    """
+    if not TRACES:
+        return list(itertools.product(*axes))
+    return [tuple(axis[i % len(axis)] for axis in axes) for i in range(max(map(len, axes)))]
 
 
 class ContractDriver(ABC):

@@ -46,8 +46,22 @@ def fit(model: Any, optimizer: Any, batches: Sequence[Batch], **compile_argument
     """Train with ``model.fit``, one step a batch, in order; returns the history."""
     if getattr(model, "optimizer", None) is None:
         model.compile(optimizer, keras.losses.MeanSquaredError(), **compile_arguments)
+    return model.fit(**one_a_step(batches), verbose=0)
+
+
+def one_a_step(batches: Sequence[Batch]) -> dict[str, Any]:
+    """The data that ``fit`` is given to train on equal batches in order, one a step.
+
+    Of arrays and of generators TensorFlow makes a pipeline of functions, traced anew in every ``fit``; that takes as
+    long as the few steps do. Of batches that lie ready it makes none.
+    """
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        x, y = (np.stack(parts) for parts in zip(*batches, strict=True))
+        return {"x": tf.data.Dataset.from_tensor_slices((x, y))}
     x, y = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-    return model.fit(x, y, batch_size=len(batches[0][0]), shuffle=False, verbose=0)
+    return {"x": x, "y": y, "batch_size": len(batches[0][0]), "shuffle": False}
 
 
 def plain_weights(optimizer: Any, batches: Sequence[Batch], start: Weights) -> Weights:

@@ -13,7 +13,7 @@ from hvdscale.runtime.transport import Transport, run_loopback
 from hvdscale.sync import EveryStep
 from hvdscale.sync.gradient_mean import GradientMean
 from hvdscale.sync.tensors import TensorSpec
-from tests.contract.driver import ContractDriver
+from tests.contract.driver import ContractDriver, crossed
 from tests.contract.oracle import OPTIMIZERS, Weights, batches, gradients, initial_weights
 from tests.contract.test_training import assert_equal
 
@@ -52,8 +52,7 @@ def start(driver: ContractDriver, plan: EveryStep, kind: str = "sgd", seed: int 
     return model, driver.distribute(driver.optimizer(kind, model), model, sync=plan, **more)
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adam"])
-@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize(("wire", "kind"), crossed(WIRES, ["sgd", "adam"]))
 def test_training_equals_the_oracle(driver: ContractDriver, rank: int, size: int, wire: str, kind: str) -> None:
     plan = EveryStep(wire=wire)
     model, optimizer = start(driver, plan, kind, seed=rank)

@@ -12,7 +12,7 @@ import pytest
 
 from hvdscale.sync import EveryStep
 from tests.contract import oracle
-from tests.contract.driver import ContractDriver
+from tests.contract.driver import ContractDriver, crossed
 from tests.contract.keras_reference import assert_close, assert_equal_everywhere, fit, network, own_batches, weights_of
 
 PLACED = ("central", "sharded")
@@ -63,8 +63,7 @@ def test_training_ends_where_local_updates_do(driver: ContractDriver, rank: int,
         assert int(model.optimizer.iterations) == int(local.optimizer.iterations)
 
 
-@pytest.mark.parametrize("update", PLACED)
-@pytest.mark.parametrize("goes_on", ["local", *PLACED])
+@pytest.mark.parametrize(("goes_on", "update"), crossed(["local", *PLACED], ["sharded", "central"]))
 def test_a_saved_model_holds_the_whole_state(
     driver: ContractDriver, rank: int, size: int, tmp_path: Path, update: str, goes_on: str
 ) -> None:

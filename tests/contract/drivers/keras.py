@@ -10,6 +10,7 @@ import numpy as np
 
 import hvdscale.keras as hvd
 from tests.contract.driver import ContractDriver
+from tests.contract.keras_reference import one_a_step
 from tests.contract.oracle import HIDDEN, INPUTS, Batch, Weights
 
 
@@ -55,8 +56,7 @@ class Driver(ContractDriver):
     def train(self, model: Any, optimizer: Any, batches: Sequence[Batch], passes: int = 1) -> None:
         if getattr(model, "optimizer", None) is not optimizer:
             model.compile(optimizer, "mse")
-        source = ((x.astype(np.float32), y.astype(np.float32)) for x, y in batches)
-        model.fit(source, steps_per_epoch=len(batches), verbose=0)
+        model.fit(**one_a_step([(x.astype(np.float32), y.astype(np.float32)) for x, y in batches]), verbose=0)
 
     def weights(self, model: Any) -> Weights:
         return [np.asarray(w, np.float64) for w in model.get_weights()]

@@ -30,6 +30,8 @@ class Distributed:
 
     optimizer: keras.optimizers.Optimizer
     wrap: Callable[[tf.GradientTape], tf.GradientTape]
+    compiled: Any = None
+    """The step as a ``tf.function``, once there was one: kept, as a script keeps its own."""
 
     @property
     def sync(self) -> Any:
@@ -77,10 +79,11 @@ class Driver(ContractDriver):
         return Distributed(optimizer, wrap)
 
     def train(self, model: Any, optimizer: Distributed, batches: Sequence[Batch], passes: int = 1) -> None:
-        step = tf.function(self.step, reduce_retracing=True)
+        if optimizer.compiled is None:
+            optimizer.compiled = tf.function(self.step, reduce_retracing=True)
         for first in range(0, len(batches), passes):
             chunk = [(tf.cast(x, tf.float32), tf.cast(y, tf.float32)) for x, y in batches[first : first + passes]]
-            step(model, optimizer, chunk)
+            optimizer.compiled(model, optimizer, chunk)
 
     def step(self, model: Any, optimizer: Distributed, chunk: Sequence[tuple[tf.Tensor, tf.Tensor]]) -> None:
         """Gradients of the summed losses of ``chunk``, reduced over ranks and applied."""
