@@ -59,7 +59,7 @@ def one_a_step(batches: Sequence[Batch]) -> dict[str, Any]:
         import tensorflow as tf
 
         x, y = (np.stack(parts) for parts in zip(*batches, strict=True))
-        return {"x": tf.data.Dataset.from_tensor_slices((x, y))}
+        return {"x": tf.data.Dataset.from_tensor_slices((x, y)), "shuffle": False}
     x, y = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     return {"x": x, "y": y, "batch_size": len(batches[0][0]), "shuffle": False}
 

@@ -102,8 +102,8 @@ def expected(case: Case, kind: str, ranks: int, flush: bool) -> np.ndarray:
     return trajectory(functions, flat(initial_weights()), pieces, STEPS, every, INNER[kind], flush=flush, **settings)
 
 
-# Where trainings trace graphs, each plan with one of its inner optimizers, in turn, and the first plan with all: a round
-# sees weights and moments alone. PyTorch shows every plan with every one.
+# Where trainings trace graphs, each plan with one of its inner optimizers, in turn, and the first plan with all: a
+# round sees weights and moments alone. PyTorch shows every plan with every one.
 FOLLOWED = [
     pytest.param(case, kind, id=f"{case.name}-{kind}")
     for number, case in enumerate(CASES)
