@@ -31,8 +31,9 @@ class Part(Enum):
     EXCHANGES = f"(training or collectives or broadcast or desync or agree or differ) and {_GRADIENTS_ONLY}"
     PROCESS_SETS = "process_set"  # on 3 ranks the set of the even ones has two members, and one rank is outside
     GRADIENTS_AND_ROUNDS = _GRADIENTS_ONLY
-    # Two copies of a pipeline of two stages are four ranks, and so are two stages that are split over two.
-    ON_FOUR_RANKS = f"({_GRADIENTS_ONLY}) or meet_in_rounds or pipeline_state or split_stages"
+    # Two copies of a pipeline of two stages are four ranks, and so are two stages that are split over two. What loaders
+    # read is the plan's, which the core shows for any number of ranks; that they follow it, two ranks show.
+    ON_FOUR_RANKS = f"({_GRADIENTS_ONLY} and not torch_data) or meet_in_rounds or pipeline_state or split_stages"
     ON_EIGHT_RANKS = "copies_of_split_stages"  # two copies of two stages over two ranks
     FOUR_STAGES = "four_stages or split_stages or (meet_in_rounds and pipeline)"
     WITH_UPDATES = "not (asynchronous or pipeline or features)"
