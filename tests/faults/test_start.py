@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 
 from tests.launcher import launch
@@ -11,23 +14,43 @@ import torch, hvdscale.torch as hvd
 """
 
 
-@pytest.mark.parametrize(
-    ("variables", "said"),
-    [
-        ({"OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_SIZE is missing"),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_RANK is missing"),
-        ({"HOROVOD_RANK": "1"}, "HOROVOD_SIZE is missing"),
-        ({"HOROVOD_RANK": "2", "HOROVOD_SIZE": "2"}, "ranks that cannot be"),
-        ({"HOROVOD_RANK": "one", "HOROVOD_SIZE": "2"}, "one"),
-        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "torchrun"),
-    ],
-    ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
-)
-def test_rank_variables_that_do_not_fit(variables: dict[str, str], said: str) -> None:
-    finished = launch(["-c", HEADER + "hvd.init()"], launcher="alone", env=variables, deadline_seconds=120)
-    assert finished.returncode not in (None, 0), finished.output
-    assert "WorldError" in finished.output
-    assert said in finished.output.split("WorldError")[-1]
+WRONG = {
+    "OMPI_COMM_WORLD_RANK=0": ({"OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_SIZE is missing"),
+    "OMPI_COMM_WORLD_SIZE=2": ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_RANK is missing"),
+    "HOROVOD_RANK=1": ({"HOROVOD_RANK": "1"}, "HOROVOD_SIZE is missing"),
+    "HOROVOD_RANK=2,HOROVOD_SIZE=2": ({"HOROVOD_RANK": "2", "HOROVOD_SIZE": "2"}, "ranks that cannot be"),
+    "HOROVOD_RANK=one,HOROVOD_SIZE=2": ({"HOROVOD_RANK": "one", "HOROVOD_SIZE": "2"}, "one"),
+    "torchrun": ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "torchrun"),
+}
+
+# Each set of variables in a process of its own, forked where PyTorch, which takes seconds, has been imported.
+EACH = """
+import json, os, sys
+for variables in json.loads(sys.argv[1]):
+    child = os.fork()
+    if not child:
+        os.environ.update(variables)
+        hvd.init()
+        sys.exit()
+    print(f"<ended with {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}>", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def ends() -> dict[str, tuple[int, str]]:
+    """By name: the exit code of a process with these variables, and what it said."""
+    variables = json.dumps([each for each, _ in WRONG.values()])
+    output = launch(["-c", HEADER + EACH, variables], launcher="alone", deadline_seconds=120).check()
+    said = re.split(r"<ended with (-?\d+)>", output)  # text, code, text, code, ...
+    return {name: (int(said[2 * i + 1]), said[2 * i]) for i, name in enumerate(WRONG)}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_rank_variables_that_do_not_fit(ends: dict[str, tuple[int, str]], name: str) -> None:
+    code, output = ends[name]
+    assert code == 1, output
+    assert "WorldError" in output
+    assert WRONG[name][1] in output.split("WorldError")[-1]
 
 
 def test_horovod_and_mpi_seeing_different_worlds() -> None:
