@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 
+from hvdscale.sync import EveryStep, LocalSGD
 from tests.contract import oracle
 from tests.contract.driver import ContractDriver
 from tests.contract.keras_reference import (
@@ -157,6 +158,29 @@ def test_arguments_of_the_reduction(driver: ContractDriver, name: str) -> None:
     fit(model, driver.hvd.DistributedOptimizer(Adam(0.01), **arguments), own_batches(3))
     tolerance = 2e-2 if name == "half precision" else 2e-5
     assert_close(weights_of(model), plain_weights(Adam(0.01), all_batches(3), START), tolerance)
+
+
+TRACED: dict[str, dict[str, Any]] = {
+    "every step": {},
+    "passes": {"backward_passes_per_step": 2},
+    "rounds": {"sync": LocalSGD(2)},
+    "sharded": {"sync": EveryStep("sharded")},
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_a_step_is_traced_once(driver: ContractDriver, name: str) -> None:
+    """TensorFlow traces again what made variables. An optimizer's are made beside the graph, not in it."""
+    model, calls = network(START), []
+    plain = model.train_step
+
+    def train_step(data: Any) -> Any:
+        calls.append(name)
+        return plain(data)
+
+    model.train_step = train_step
+    fit(model, driver.hvd.DistributedOptimizer(Adam(0.01), model=model, **TRACED[name]), own_batches(4))
+    assert len(calls) == (1 if BACKEND == "tensorflow" else 4)
 
 
 def test_sum_instead_of_average(driver: ContractDriver) -> None:
