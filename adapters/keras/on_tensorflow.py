@@ -83,8 +83,8 @@ FRAMEWORK = "tensorflow"
 def eager() -> Iterator[None]:
     """What runs inside happens now, once, even while a ``tf.function`` is traced.
 
-    Variables made inside have their values at once, so they are none of those that TensorFlow lifts out of the function:
-    for such it traces a second time, which would double what a first step of ``fit`` takes to set up.
+    Variables made inside have their values at once, so they are none of those that TensorFlow lifts out of a function.
+    Where there are such it traces a second time, and setting up the first step takes twice as long.
     """
 
     def stays(make: Callable[..., Any], **given: Any) -> Any:
