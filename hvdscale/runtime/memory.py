@@ -51,10 +51,12 @@ def uses_glibc() -> bool:
     return False
 
 
-def set_by_user(tuned: Tuned, env: Mapping[str, str]) -> str | None:
-    """The value that the process was started with, in a variable of its own or among ``GLIBC_TUNABLES``."""
+def set_by_user(env: Mapping[str, str]) -> dict[str, str]:
+    """By variable: what the process was started with, in a variable of its own or among ``GLIBC_TUNABLES``."""
     listed = (pair.partition("=") for pair in env.get("GLIBC_TUNABLES", "").split(":"))
-    return {name: value for name, _, value in listed}.get(tuned.tunable) or env.get(tuned.variable)
+    tunables = {name: value for name, _, value in listed}
+    found = {tuned.variable: tunables.get(tuned.tunable) or env.get(tuned.variable) for tuned in TUNED}
+    return {variable: value for variable, value in found.items() if value is not None}
 
 
 def keep_freed_memory(tuned: Tuned) -> bool:

@@ -65,15 +65,15 @@ def _release(env: Mapping[str, str]) -> Setting:
 
 def _keep_memory(env: Mapping[str, str]) -> tuple[Setting, ...]:
     """In force at once, unlike variables, which ``malloc`` reads as a process starts."""
-    return tuple(_keep(tuned, env) for tuned in memory.TUNED) if memory.uses_glibc() else ()
+    users = memory.set_by_user(env)
+    return tuple(_keep(tuned, users) for tuned in memory.TUNED) if memory.uses_glibc() else ()
 
 
-def _keep(tuned: memory.Tuned, env: Mapping[str, str]) -> Setting:
-    users = memory.set_by_user(tuned, env)
-    if users is not None:
-        return Setting(tuned.variable, users, "set by you", "user")
-    taken = memory.keep_freed_memory(tuned)
-    return Setting(tuned.variable, str(tuned.value_bytes), tuned.reason, "hvdscale" if taken else "failed")
+def _keep(tuned: memory.Tuned, users: Mapping[str, str]) -> Setting:
+    setting = _settle(Setting(tuned.variable, str(tuned.value_bytes), tuned.reason), users, too_late=False)
+    if setting.origin == "hvdscale" and not memory.keep_freed_memory(tuned):
+        return replace(setting, origin="failed")
+    return setting
 
 
 def choose_settings(launch: Launch, cores: int, own: int | None = None) -> tuple[Setting, ...]:

@@ -210,14 +210,22 @@ def assert_rounds_are_shown(rounds: bool, output: str, logs: Path, folder: Path)
     ("content", "flags", "message"),
     [
         (None, (), "does not exist"),
+        (b"", (), "is empty"),
+        (b"\x7fELF\0\0\1", (), "is not text"),
         (b"a few words", (), "there are 1 to train on for 2 ranks"),
+        (b"words and\n\n" * 20000, ("--batch-size", "9999"), "A batch cannot be larger than the data"),
+        (b"words and\n\n" * 20000, ("--tokenizer", "words"), "'bytes' or 'bpe'; it is 'words'"),
         (b"words and\n\n" * 20000, ("--heads", "5"), "--width must be a multiple of --heads"),
         (b"words and\n\n" * 20000, ("--sync", "diloco", "--overlap", "40"), "overlap is 40 and every is 32"),
         (b"words and\n\n" * 20000, ("--tp", "3"), "divide the number of ranks; it is 3 of 2 ranks"),
     ],
     ids=[
         "missing",
+        "empty",
+        "binary",
         "too few documents",
+        "batch too large",
+        "unknown tokenizer",
         "heads",
         "plan",
         "tp",
@@ -226,7 +234,6 @@ def assert_rounds_are_shown(rounds: bool, output: str, logs: Path, folder: Path)
 def test_wrong_input_ends_the_job_with_one_line(
     content: bytes | None, flags: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
-    """One input for each place that refuses one; what else is wrong with a text is said in tests/core/test_text.py."""
     path = tmp_path / "text"
     if content is not None:
         path.write_bytes(content)
