@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from hvdscale.errors import TransportError
+from hvdscale.runtime.waiting import pauses
 
 __all__ = [
     "LAST_TAG",
@@ -153,7 +154,7 @@ class MPITransport:
 
         if not self._gone:
             request, lengths = self._start(len(data), np.empty(self.size + 1, np.int64))
-            self.wait(request)
+            self._wait_for_peers(request)
             self._gone = self._saying(_LEFT, lengths)
         if self._gone:
             raise TransportError(
@@ -256,6 +257,13 @@ class MPITransport:
             return
         while not request.Test():
             time.sleep(self._pause_seconds)
+
+    def _wait_for_peers(self, request: Any) -> None:
+        """Where ranks meet, the first waits for the last, which may need its core."""
+        if self._pause_seconds:
+            self.wait(request)
+        for _ in pauses(request.Test):
+            pass
 
     def who_left(self, patience_seconds: float) -> tuple[int, ...]:
         if self._gone or self._closed:
