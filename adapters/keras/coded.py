@@ -24,11 +24,14 @@ class CodedMean:
     Args:
         plan: says the format.
         process_set: the ranks that take part.
-        model: to know embeddings, which go as float32, if known.
+
+    ``model``, if known, has the embeddings, which go as float32.
     """
 
-    def __init__(self, plan: EveryStep, process_set: Any, model: Any) -> None:
-        self._plan, self._process_set, self._model = plan, process_set, model
+    model: Any = None
+
+    def __init__(self, plan: EveryStep, process_set: Any) -> None:
+        self._plan, self._process_set = plan, process_set
         self._channel: Any = None
         self._means: dict[tuple[int, ...], GradientMean] = {}  # by the ids of the variables that have gradients
         self._variables: list[Any] = []  # so that no id is given away anew
@@ -77,7 +80,7 @@ class CodedMean:
     def _mean(self, variables: Sequence[Any]) -> GradientMean:
         key = tuple(map(id, variables))
         if key not in self._means:
-            tables = embedding_tables(self._model)
+            tables = embedding_tables(self.model)
             specs = [
                 spec_of(name, v, "embedding" if id(v) in tables else "weight")
                 for name, v in zip(outer_names(variables), variables, strict=True)

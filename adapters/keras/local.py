@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,25 @@ import numpy as np
 from hvdscale.keras.backend import verbs
 from hvdscale.keras.store import KerasStore, check_reset
 from hvdscale.sync import LocalPlan, begin
+from hvdscale.sync.engine import Engine
 from hvdscale.sync.handle import LocalSync
 
 __all__ = ["LocalTraining"]
+
+
+class _KerasSync(LocalSync[Any]):
+    """Its state counts passes, too: Keras may accumulate the gradients of several for a step."""
+
+    def __init__(self, training: LocalTraining, engine: Engine, store: KerasStore) -> None:
+        super().__init__(engine, store, verbs.tensor)
+        self._training = training
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "passes": self._training.calls}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._training.resume(state.get("passes", 0))
 
 
 class LocalTraining:
@@ -41,11 +57,14 @@ class LocalTraining:
             lambda: verbs.open_post(process_set),
         )
         self._optimizer = optimizer
-        self._calls = 0
+        self.calls = 0
         self.first_state = self._store.first_state
-        self.sync: LocalSync[Any] = LocalSync(
-            self._engine, self._store, verbs.tensor, lambda: self.first_state.resume(self._engine.anew)
-        )
+        self.sync: LocalSync[Any] = _KerasSync(self, self._engine, self._store)
+
+    def resume(self, calls: int) -> None:
+        """A state was taken up; ``calls``: passes so far, of which ``gradient_accumulation_steps`` make a step."""
+        self.calls = calls
+        self.first_state.resume(self._engine.anew)
 
     @property
     def has_warmup(self) -> bool:
@@ -75,8 +94,8 @@ class LocalTraining:
 
     def count(self) -> bool:
         """Count a step that reads and writes nothing; if it would, do nothing and say so."""
-        self._calls += 1
-        if self._calls % (self._optimizer.gradient_accumulation_steps or 1):
+        self.calls += 1
+        if self.calls % (self._optimizer.gradient_accumulation_steps or 1):
             return False  # no update yet
         if self._engine.meets_next:
             return True

@@ -48,9 +48,14 @@ class SyncMetricsCallback(keras.callbacks.Callback):
         rounds = self._metrics().get("rounds", 0.0)
         if rounds > self._rounds:
             self._rounds = rounds
-            verbs.write_metrics(self._writer, self.model.optimizer)
+            verbs.write_metrics(self._writer, self._distributed())
 
     def _metrics(self) -> dict[str, float]:
-        # An optimizer that nobody distributed has no agreement.
-        sync = getattr(self.model.optimizer, "sync", None)
-        return {} if sync is None else sync.metrics()
+        distributed = self._distributed()
+        return {} if distributed is None else distributed.sync.metrics()
+
+    def _distributed(self) -> Any:
+        """The optimizer, or the one that loss scaling wraps; ``None`` where nobody distributed it."""
+        outer = self.model.optimizer
+        candidates = (outer, getattr(outer, "inner_optimizer", None))
+        return next((optimizer for optimizer in candidates if hasattr(optimizer, "sync")), None)

@@ -41,11 +41,11 @@ class Reducer:
         self.deferred: list[Any] | None = None  # variables of gradients that Keras is still accumulating
         self.sharded: Any = None  # the ShardedModel whose parts are trained
         self.clipped: list[Any] = []  # variables of the gradients that are being applied
-        self._model = model
-        self._given_model = model  # whose running statistics meet in rounds
+        self._model = model  # to be shared
         self.placed: PlacedUpdate | None = None  # once the optimizer is built, where ranks update different elements
         self.state: PlacedState | None = None
-        self.coded = None if plan.coded is None else CodedMean(plan.coded, plan.process_set, model)
+        self.coded = None if plan.coded is None else CodedMean(plan.coded, plan.process_set)
+        self.know(model)
         self._training: LocalTraining | None = None
         self._pending: PendingSync[Any] | None = None  # what the user has of it
         self.moments_begun: Any = None  # while moments are corrected
@@ -53,6 +53,12 @@ class Reducer:
         self._shared = False
         self._compared = False
         self._kinds: dict[int, Kind] = {}  # by id of the variable: what all ranks send for it
+
+    def know(self, model: Any) -> None:
+        """``model`` has the embeddings, and the running statistics that meet in rounds. Its weights stay."""
+        self._given_model = model
+        if self.coded is not None:
+            self.coded.model = model
 
     @property
     def exchanges(self) -> bool:
@@ -87,8 +93,8 @@ class Reducer:
             return self._pending
         variables = optimizer._trainable_variables if self.placed is None else self.placed.variables
         read = lambda: {path_of(v): verbs.tensor(v) for v in variables}  # noqa: E731
-        if self.coded is not None and self.exchanges:
-            return SteadySync(read, metrics=self.coded.metrics, kept=self.coded)
+        if self.coded is not None:  # a rank alone sends nothing, and keeps nothing
+            return SteadySync(read, metrics=self.coded.metrics, kept=self.coded if self.exchanges else None)
         state = self.state
         if state is None:
             return SteadySync(read)

@@ -12,6 +12,7 @@ from keras.src.legacy.saving.legacy_h5_format import load_optimizer_weights_from
 
 from hvdscale.errors import PlanError, StateError
 from hvdscale.keras.backend import verbs
+from hvdscale.keras.keras_hooks import reducer_of
 from hvdscale.keras.optimizer import DistributedOptimizer
 
 __all__ = ["load_model"]
@@ -53,6 +54,7 @@ def load_model(
         if Path(str(filepath)).suffix in (".h5", ".hdf5"):
             _restore_optimizer(model, filepath)
         DistributedOptimizer(model.optimizer, compression=compression, sync=sync)
+        reducer_of(model.optimizer).know(model)
     return model
 
 

@@ -6,7 +6,7 @@ Variables are read and written as they are, or, inside a graph, through arrays t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -44,6 +44,15 @@ class VariableList:
 
     def view(self, position: int, writes: bool = False) -> np.ndarray | None:
         return None
+
+    def keep(self) -> Callable[[], None]:
+        kept = [(place, np.array(self._store.get(place))) for place in self._places]
+
+        def put_back() -> None:
+            for place, values in kept:
+                self._store.set(place, values)
+
+        return put_back
 
 
 class KerasStore:
@@ -158,10 +167,19 @@ def embedding_tables(model: Any) -> set[int]:
 
 
 def outer_names(variables: Sequence[Any]) -> list[str]:
-    """Keras tells layers apart by counters that depend on what was built before; here the second of a name gets .1"""
+    """Names that a model has again when it is built or loaded anew.
+
+    Keras tells layers apart by counters that depend on what was built before; here the second of a name gets .1. And
+    it begins with the model's name in a model that was called, not in one that was loaded; here what all begin with
+    is left out, as far as layer and variable remain.
+    """
+    paths = [path_of(variable).split("/") for variable in variables]
+    shortest = min(map(len, paths), default=0)
+    shared = next((i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), shortest)
+    names = ["/".join(path[min(shared, max(shortest - 2, 0)) :]) for path in paths]
     seen: Counter[str] = Counter()
     unique = []
-    for name in map(path_of, variables):
+    for name in names:
         unique.append(f"{name}.{seen[name]}" if seen[name] else name)
         seen[name] += 1
     return unique

@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvdscale.sync.scalars import scalars
+from hvdscale.sync.scalars import scalars, steps_so_far
 
 __all__ = ["open_writer", "write_metrics"]
 
@@ -16,15 +16,16 @@ def write_metrics(writer: Any, optimizer: Any, step: int | None = None) -> None:
 
     Args:
         writer: of ``tf.summary.create_file_writer``, or ``None`` on ranks that do not write.
-        optimizer: distributed; agreeing at every step it has nothing to write.
+        optimizer: distributed; agreeing at every step in float32 it has nothing to write.
         step: where on the axis; left out: the optimizer's steps so far.
     """
     metrics = optimizer.sync.metrics()
     if writer is None or not metrics:
         return
+    at = steps_so_far(metrics) if step is None else step
     with writer.as_default():
         for tag, value in scalars(metrics).items():
-            tf.summary.scalar(tag, value, step=int(metrics["steps"]) if step is None else step)
+            tf.summary.scalar(tag, value, step=at)
 
 
 def open_writer(folder: str) -> Any:

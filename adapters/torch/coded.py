@@ -55,10 +55,6 @@ class CodedReducer(Reducer):
         """Open the channel. Collective: a copy, which one rank alone may make, does so when it is first used."""
         self._channel = open_channel(self._process_set, patient=self._over_hosts)
 
-    def forget(self) -> None:
-        self._ready, self._sent = set(), 0
-        super().forget()
-
     def metrics(self) -> dict[str, float]:
         """``rounds``, ``bytes_sent`` and ``seconds`` waited."""
         return metrics_of(self._means.values())
@@ -91,6 +87,10 @@ class CodedReducer(Reducer):
         self._specs = dict(zip(positions, specs, strict=True))
         self._values = [np.empty(fragment.size, np.float32) for fragment in self._mean.fragments]
         return [[positions[p] for p in fragment.positions] for fragment in self._mean.fragments]
+
+    def _open(self) -> None:
+        self._ready, self._sent = set(), 0
+        super()._open()
 
     def _role(self, position: int) -> Role:
         return "embedding" if id(self._parameters[position]) in self._embeddings else "weight"

@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 
 from hvdscale.errors import DesyncError, PlanError, StateError
 from hvdscale.runtime.agreement import Fingerprint, agree
-from hvdscale.sync import LocalPlan
+from hvdscale.sync import EveryStep, LocalPlan
+from hvdscale.sync.gradient_mean import metrics_of
 from hvdscale.sync.handle import SteadySync, Sync
 from hvdscale.torch.adasum import DeltaReducer
 from hvdscale.torch.coded import CodedReducer
@@ -65,6 +66,8 @@ class DistributedMixin:
             more = {"flush": held.exchange.flush, "metrics": held.exchange.metrics}
         elif isinstance(held.exchange, CodedReducer):
             more = {"metrics": held.exchange.metrics, "kept": held.exchange}
+        elif isinstance(held.terms.plan, EveryStep) and held.terms.plan.coded:  # a rank alone sends nothing
+            more = {"metrics": lambda: metrics_of(())}
         return SteadySync(lambda: {name: p.detach().clone() for name, p in held.named if p.requires_grad}, **more)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,16 @@ class TensorList:
         if writes:
             increment_version(tensor)  # autograd notices, as it does with copies
         return flat
+
+    def keep(self) -> Callable[[], None]:
+        kept = [(tensor, tensor.detach().clone()) for tensor in self._tensors if tensor is not None]
+
+        @torch.no_grad()
+        def put_back() -> None:
+            for tensor, values in kept:
+                tensor.copy_(values)
+
+        return put_back
 
     def _beside(self, positions: Sequence[int], flat: np.ndarray) -> list[tuple[Tensor | None, Tensor]]:
         parts = torch.from_numpy(flat).split([self.specs[p].size for p in positions])

@@ -89,6 +89,11 @@ def DistributedOptimizer(
         raise PlanError(f"DistributedOptimizer takes a torch.optim.Optimizer, got {type(optimizer).__name__}.")
     if isinstance(optimizer, DistributedMixin):
         raise PlanError("This optimizer is distributed already; its gradients would be reduced twice. Wrap it once.")
+    if hasattr(optimizer, "_allreduce_grad_async"):
+        raise PlanError(
+            "This optimizer is Horovod's DistributedOptimizer; its gradients would be reduced twice. Give hvdscale the "
+            "optimizer that it was made of."
+        )
     plan = EveryStep() if sync is None else sync
     if not isinstance(plan, (EveryStep, LocalPlan)):
         raise PlanError(

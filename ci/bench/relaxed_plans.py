@@ -11,6 +11,7 @@ __all__ = [
     "DDP",
     "FULL_WIRE",
     "INDEPENDENT",
+    "IN_THE_WAY",
     "MATRIX_VALUES",
     "OTHER_VALUES",
     "PLANS",
@@ -47,6 +48,7 @@ PLANS: dict[str, EveryStep | Relaxed] = {
     "local SGD, 2 to 8, int4, overlap": LocalSGD(growing, wire="int4", overlap=1),
     "local SGD, 8": LocalSGD(8),
     "local SGD, 8, int8, overlap": LocalSGD(8, wire="int8", overlap=4),
+    "local SGD, 16, int8": LocalSGD(16, wire="int8"),
     "local SGD, 16, int8, overlap": LocalSGD(16, wire="int8", overlap=4),
     "local SGD, 32": LocalSGD(32),
     "DiLoCo, 8": DiLoCo(8, outer_lr=1.0, outer_momentum=0.3),
@@ -78,6 +80,7 @@ WIRES = {"int8": ("every step, int8", 0.003), "int4": ("every step, int4", 0.01)
 FULL_WIRE = "every step"
 BEST = "every step, int4"  # by loss after equal tokens
 SELDOM = "local SGD, 16, int8, overlap"  # by seconds of a step
+IN_THE_WAY = "local SGD, 16, int8"  # the same, and training waits for each transfer
 
 # The model of the benches: what goes coded, and what goes as float32 all the same (embeddings, norms, biases).
 MATRIX_VALUES, OTHER_VALUES = 3_211_264, 112_128

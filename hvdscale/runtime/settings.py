@@ -95,8 +95,8 @@ def choose_settings(launch: Launch, cores: int, own: int | None = None) -> tuple
         why = "a waiting rank gives its core to one that computes, instead of spinning on it"
         chosen.append(Setting(f"{_MCA}mpi_yield_when_idle", "1", why))
         why = (
-            "Horovod's threads sleep from when they last met, the longer the longer nobody had work, and those that wait "
-            "for a late one sleep, too (Horovod as hvdscale builds it)"
+            "Horovod's threads sleep from when they last met, the longer the longer nobody had work, and those that "
+            "wait for a late one sleep, too (Horovod as hvdscale builds it)"
         )
         chosen.append(Setting("HVDSCALE_CYCLES", "together", why))
         why = (

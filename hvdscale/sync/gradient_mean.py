@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from hvdscale.errors import DesyncError, PlanError, StateError
+from hvdscale.errors import DesyncError, StateError
 from hvdscale.runtime import timeline
 from hvdscale.runtime.channel import Channel
 from hvdscale.sync.every_step import EveryStep
@@ -28,7 +28,7 @@ from hvdscale.sync.flight import Courier
 from hvdscale.sync.fragments import cut
 from hvdscale.sync.header import Float64s, Header, Meeting, Phase
 from hvdscale.sync.state import check_origin, copy_into, origin
-from hvdscale.sync.tensors import TensorSpec
+from hvdscale.sync.tensors import TensorSpec, check_real
 from hvdscale.update.outer import Float32s
 
 __all__ = ["GradientMean", "metrics_of"]
@@ -52,12 +52,7 @@ class GradientMean:
     def __init__(
         self, plan: EveryStep, specs: Sequence[TensorSpec], channel: Channel, messages: int = 1, beside: bool = False
     ) -> None:
-        odd = next((spec for spec in specs if spec.dtype.startswith("complex")), None)
-        if odd is not None:
-            raise PlanError(
-                f'wire="{plan.wire}" sends real numbers, and {odd.name} is {odd.dtype}. Leave wire out: Horovod adds '
-                "complex numbers as they are."
-            )
+        check_real(specs, f'wire="{plan.wire}"', "Leave wire out: Horovod adds complex numbers as they are.")
         self._plan, self._specs, self._channel = plan, tuple(specs), channel
         self.fragments = tuple(reversed(cut(specs, min(messages, len(specs)), plan.codec)))
         self._means = [Mean(fragment, plan.codec, channel) for fragment in self.fragments]

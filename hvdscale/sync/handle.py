@@ -104,14 +104,13 @@ class LocalSync(Generic[T]):
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         weights = self._store.weights
-        positions = range(len(weights.specs))
-        own = np.empty(sum(spec.size for spec in weights.specs), np.float32)
-        weights.read(positions, own)
-        weights.write(positions, np.concatenate([w.ravel() for w in self._engine.outer_weights()]))
+        put_back = weights.keep()
+        outer = self._engine.outer_weights()
+        weights.write(range(len(weights.specs)), np.concatenate([w.ravel() for w in outer]))
         try:
             yield
         finally:
-            weights.write(positions, own)
+            put_back()
 
     def metrics(self) -> dict[str, float]:
         return self._engine.figures()

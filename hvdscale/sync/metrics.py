@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from hvdscale.errors import PlanError
+
 __all__ = ["Metrics", "Told"]
 
 
@@ -35,19 +37,30 @@ class Metrics:
 @dataclass
 class Told:
     """What the script told of its batches: ``losses``, ``(loss, samples)`` each, since the last round of all ranks, and
-    ``samples`` since the last step."""
+    ``samples`` since the last step; ``None``: nothing."""
 
     losses: list[tuple[float, float]] = field(default_factory=list)
-    samples: float = 0.0
+    samples: float | None = None
 
     def tell(self, loss: float, samples: float) -> None:
-        self.losses.append((float(loss), float(samples)))
-        self.samples += samples
+        """Note a batch.
+
+        Raises:
+            PlanError: ``samples`` below 0, or not a number.
+        """
+        if not 0 <= samples < float("inf"):
+            raise PlanError(
+                f"optimizer.sync.tell(loss, samples) takes how many samples the loss is the mean of: 0 or more, not "
+                f"{samples}."
+            )
+        if samples:
+            self.losses.append((float(loss), float(samples)))
+        self.samples = (self.samples or 0.0) + samples
 
     def a_step(self) -> float:
-        """How much a step counts: the samples told since the last one, or 1."""
-        samples, self.samples = self.samples or 1.0, 0.0
-        return samples
+        """How much a step counts: the samples told since the last one, or 1 if nobody told."""
+        samples, self.samples = self.samples, None
+        return 1.0 if samples is None else samples
 
     @property
     def loss(self) -> float:

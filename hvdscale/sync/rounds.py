@@ -28,11 +28,14 @@ from hvdscale.sync.nodes import find_nodes
 from hvdscale.sync.part import Departure
 from hvdscale.sync.recovery import Recovery
 from hvdscale.sync.relaxed import Relaxed
-from hvdscale.sync.state import check_origin, copy_into, origin
-from hvdscale.sync.tensors import Store
+from hvdscale.sync.state import check_complete, check_origin, copy_into, origin
+from hvdscale.sync.tensors import Store, check_real
 from hvdscale.update.outer import Float32s
 
 __all__ = ["Rounds"]
+
+
+_STATE = ("step", "begun", "departures", "losses", "calendar", "parts", "flights", "metrics", "arrays")
 
 
 class Rounds:
@@ -49,7 +52,7 @@ class Rounds:
         roads: channels inside nodes and between them, where there are some already.
 
     Raises:
-        PlanError: more fragments than tensors, or groups that are not the ranks of ``channel``.
+        PlanError: more fragments than tensors, complex ones, or groups that are not the ranks of ``channel``.
     """
 
     def __init__(self, plan: Relaxed, store: Store, channel: Channel, roads: Roads | None = None) -> None:
@@ -58,6 +61,9 @@ class Rounds:
         self.step = 0
         self._store = store
         self._channel = channel
+        check_real(
+            store.weights.specs, type(plan).__name__, "Average its gradients instead: sync=EveryStep(), or no sync."
+        )
         fragments = cut(store.weights.specs, plan.fragments, plan.codec)
         nodes = None if roads is not None else find_nodes(plan.groups, channel)
         beside = plan.overlap > 0 and channel.concurrent
@@ -148,8 +154,9 @@ class Rounds:
         On return every rank holds the same weights. On a boundary there is nothing left to say, and nothing is sent
         but headers. Returns whether weights changed.
         """
-        if not self._begun:
+        if self.warming_up:
             return False
+        self.before_step()  # a rank without a step, too: others may have made some
         changed = self._land_due(everything=True)
         while True:  # others may have rounds to come: join them, first with what is left to say, then with weight zero
             due, fragment = self._calendar.next()
@@ -255,6 +262,9 @@ class Rounds:
             StateError: the state of another rank, model, plan or number of ranks, or one that is incomplete.
         """
         check_origin(state, origin(self.plan, self._store.weights.specs, self._channel))
+        check_complete(
+            state, ("step", "begun", "departures", "losses", "calendar", "parts", "flights", "metrics", "arrays")
+        )
         arrays = state["arrays"]
         for i, part in enumerate(self._parts):
             for name, array in part.arrays().items():

@@ -11,7 +11,7 @@ from hvdscale.errors import StateError
 from hvdscale.sync.tensors import TensorSpec
 from hvdscale.update.outer import Float32s
 
-__all__ = ["check_origin", "copy_into", "origin"]
+__all__ = ["check_complete", "check_origin", "copy_into", "origin"]
 
 _FORMAT = "hvdscale-rounds-v1"
 
@@ -49,6 +49,13 @@ def check_origin(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
                 "Load the state this rank saved, with the same model, plan and number of ranks; to change any of "
                 "them, load only the outer weights into the model and start new rounds."
             )
+
+
+def check_complete(state: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raise StateError if a saved state lacks any of ``names``."""
+    lacking = [name for name in names if name not in state]
+    if lacking:
+        raise StateError(f"The state of optimizer.sync lacks {', '.join(lacking)}. Save it anew, whole.")
 
 
 def _first_difference(saved: Any, value: Any) -> tuple[Any, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from hvdscale.errors import PlanError
 from hvdscale.update.outer import Float32s
 
-__all__ = ["NoTensors", "Store", "TensorSpec", "Tensors"]
+__all__ = ["NoTensors", "Store", "TensorSpec", "Tensors", "check_real"]
 
 Role = Literal["weight", "embedding", "mean", "variance", "moment"]
 
@@ -51,6 +52,10 @@ class Tensors(Protocol):
 
         It is good until the inner optimizer's next step. ``writes``: the caller will change it.
         """
+        ...
+
+    def keep(self) -> Callable[[], None]:
+        """What puts all tensors back, to the bit, as they are now."""
         ...
 
 
@@ -100,3 +105,18 @@ class NoTensors:
 
     def view(self, position: int, writes: bool = False) -> Float32s | None:
         return None
+
+    def keep(self) -> Callable[[], None]:
+        return lambda: None
+
+
+def check_real(specs: Sequence[TensorSpec], what: str, otherwise: str) -> None:
+    """Raise PlanError at a tensor of complex numbers, whose imaginary part float32 loses.
+
+    Args:
+        what: sends real numbers.
+        otherwise: what to do instead.
+    """
+    odd = next((spec for spec in specs if spec.dtype.startswith("complex")), None)
+    if odd is not None:
+        raise PlanError(f"{what} sends real numbers, and {odd.name} is {odd.dtype}. {otherwise}")

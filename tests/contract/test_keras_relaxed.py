@@ -277,6 +277,30 @@ def test_several_optimizers_with_plans_of_their_own(driver: ContractDriver) -> N
     assert [o.sync.metrics().get("rounds") for o in optimizers] == [3, 3, None]
 
 
+def test_a_saved_model_goes_on_in_the_middle_of_an_accumulated_step(driver: ContractDriver, tmp_path: Path) -> None:
+    """And its running statistics, for which the optimizer must know the model, meet again."""
+
+    def made() -> Any:
+        keras.utils.set_random_seed(4)
+        norm = keras.layers.BatchNormalization()
+        return keras.Sequential([keras.Input((3,)), norm, keras.layers.Dense(2)])
+
+    data = own_batches(8)
+    whole = made()
+    plan, optimizer = LocalSGD(2), SGD(0.1, gradient_accumulation_steps=2)
+    optimizer = driver.hvd.DistributedOptimizer(optimizer, model=whole, sync=plan)
+    fit(whole, optimizer, data[:3])
+    saved = optimizer.sync.state_dict()
+    whole.save(tmp_path / "model.keras")
+    fit(whole, optimizer, data[3:])
+    loaded = driver.hvd.load_model(tmp_path / "model.keras", sync=plan)
+    loaded.optimizer.sync.load_state_dict(saved)
+    fit(loaded, loaded.optimizer, data[3:])
+    for ours, theirs in zip(loaded.weights, whole.weights, strict=True):
+        np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
+    assert_equal_everywhere(loaded.weights)
+
+
 def test_a_saved_model_is_as_large_as_without_rounds_and_loads_without(driver: ContractDriver, tmp_path: Path) -> None:
     sizes = []
     for plan in (None, DiLoCo(2, wire="int8")):

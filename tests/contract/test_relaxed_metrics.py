@@ -11,7 +11,7 @@ import numpy as np
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.util.tensor_util import make_ndarray
 
-from hvdscale.sync import LocalSGD
+from hvdscale.sync import EveryStep, LocalSGD
 from hvdscale.sync.handle import SteadySync
 from tests.contract.conftest import ADAPTER
 from tests.contract.driver import ContractDriver
@@ -29,13 +29,16 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
     return found
 
 
-def test_metrics_become_scalars(driver: ContractDriver, rank: int, size: int, tmp_path: Path) -> None:
+def open_writer(folder: Path) -> Any:
     if ADAPTER == "keras":
         from hvdscale.keras.backend import verbs
 
-        writer = verbs.open_writer(str(tmp_path))
-    else:
-        writer = importlib.import_module(f"hvdscale.{ADAPTER}.metrics").open_writer(str(tmp_path))
+        return verbs.open_writer(str(folder))
+    return importlib.import_module(f"hvdscale.{ADAPTER}.metrics").open_writer(str(folder))
+
+
+def test_metrics_become_scalars(driver: ContractDriver, rank: int, size: int, tmp_path: Path) -> None:
+    writer = open_writer(tmp_path)
     model = driver.model(initial_weights())
     optimizer = driver.distribute(driver.optimizer("sgd", model), model, sync=LocalSGD(2))
     for batch in batches(5, rank):
@@ -50,6 +53,17 @@ def test_metrics_become_scalars(driver: ContractDriver, rank: int, size: int, tm
     metrics = optimizer.sync.metrics()
     for name in ("bytes_sent", "drift", "seconds"):
         assert written[f"sync/{name}"][100] == np.float32(metrics[name])
+
+
+def test_coded_gradients_count_a_round_a_step(driver: ContractDriver, rank: int, size: int, tmp_path: Path) -> None:
+    writer = open_writer(tmp_path)
+    model = driver.model(initial_weights())
+    optimizer = driver.distribute(driver.optimizer("sgd", model), model, sync=EveryStep(wire="int8"))
+    driver.train(model, optimizer, batches(3, rank))
+    driver.hvd.write_metrics(writer, optimizer)
+    writer.flush()
+    rounds = 3 if size > 1 else 0  # alone, nothing travels
+    assert scalars(tmp_path)["sync/rounds"] == {rounds: float(rounds)}
 
 
 def test_agreement_at_every_step_has_none(driver: ContractDriver) -> None:

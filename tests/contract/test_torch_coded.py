@@ -103,6 +103,19 @@ def test_a_scaler_leaves_a_step_out_on_every_rank(driver: ContractDriver, rank: 
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+def test_gradients_after_some_that_no_step_used_are_averaged_too(driver: ContractDriver, rank: int, size: int) -> None:
+    """Thrown away by the model's own ``zero_grad()``, of which the optimizer hears nothing."""
+    model = network()
+    optimizer = distribute(model)
+    for _ in range(2):
+        wanted = mean_gradients(model, size)
+        model.zero_grad()
+        backward(model, rank)
+        optimizer.synchronize()
+        close(grads(model), wanted, 2 / 127)
+        assert_same_everywhere(driver, grads(model))
+
+
 @pytest.mark.parametrize("dense", [True, False])
 def test_sparse_gradients_go_dense_or_are_refused(driver: ContractDriver, rank: int, size: int, dense: bool) -> None:
     if size == 1:

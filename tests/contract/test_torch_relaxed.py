@@ -8,6 +8,7 @@ import pickle
 import warnings
 from typing import Any
 
+import horovod.torch
 import numpy as np
 import pytest
 import torch
@@ -159,6 +160,18 @@ def test_bfloat16_parameters_have_a_float32_anchor(rank: int) -> None:
         assert anchors[name].dtype == torch.float32
         assert torch.equal(anchors[name].bfloat16(), parameter)
     assert any((anchor != anchor.bfloat16()).any() for anchor in anchors.values())
+
+
+def test_float64_weights_are_put_back_to_the_bit(rank: int) -> None:
+    model = network().double()
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model=model, sync=LocalSGD(10))
+    x, y = batch(rank, 0)
+    (model(x.double()) - y).square().mean().backward()
+    optimizer.step()
+    own = [p.detach().clone() for p in model.parameters()]
+    with optimizer.sync.evaluating():
+        pass
+    assert all(torch.equal(p, o) for p, o in zip(model.parameters(), own, strict=True))
 
 
 def test_frozen_parameters_stay_out_until_they_are_trained(rank: int) -> None:
@@ -343,6 +356,15 @@ def test_a_compiled_model_trains_with_rounds(rank: int) -> None:
     for number in range(2):
         step(compiled, optimizer, rank, number)
     assert agree(model)
+
+
+def test_horovods_own_optimizer_is_refused() -> None:
+    model = network()
+    stock = horovod.torch.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), named_parameters=model.named_parameters()
+    )
+    with pytest.raises(hvd.PlanError, match="is Horovod's DistributedOptimizer"):
+        hvd.DistributedOptimizer(stock, model=model, sync=LocalSGD(2))
 
 
 def test_compression_belongs_to_the_plan() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,15 @@ class NumPyTensors:
     def view(self, position: int, writes: bool = False) -> Array | None:
         array = self._arrays[position]
         return array.reshape(-1) if array.dtype == np.float32 and array.flags.c_contiguous else None
+
+    def keep(self) -> Callable[[], None]:
+        kept = [array.copy() for array in self._arrays]
+
+        def put_back() -> None:
+            for array, values in zip(self._arrays, kept, strict=True):
+                array[...] = values
+
+        return put_back
 
 
 @dataclass

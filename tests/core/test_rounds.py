@@ -114,13 +114,14 @@ def test_a_second_flush_sends_headers_only() -> None:
         np.testing.assert_array_equal(before, after)
 
 
+@pytest.mark.parametrize("steps", [(10, 13, 22), (22, 0, 1)], ids=str)
 @pytest.mark.parametrize("overlap", [0, 2])
-def test_ranks_that_finish_early_are_waited_for(overlap: int) -> None:
-    """Ranks make 10, 13 and 22 steps: the mean at each round counts those that trained since, by their steps."""
+def test_ranks_that_finish_early_are_waited_for(overlap: int, steps: tuple[int, ...]) -> None:
+    """The mean at each round counts those that trained since, by their steps; one may have made none at all."""
 
     def body(transport: Transport) -> tuple[np.ndarray, int, int]:
         trainer = Trainer(LocalSGD(4, overlap=overlap), transport)
-        trainer.train((10, 13, 22)[transport.rank])
+        trainer.train(steps[transport.rank])
         trainer.rounds.flush()
         trainer.train(4)  # and training goes on together
         return trainer.flat(), trainer.rounds.step, trainer.rounds.metrics.rounds
@@ -148,6 +149,34 @@ def test_samples_weigh() -> None:
     for weights, loss in on_ranks(2, body):
         np.testing.assert_allclose(weights, start() + 0.75, rtol=1e-6)
         assert loss == 3.0
+
+
+def test_a_step_of_no_samples_does_not_count() -> None:
+    """A rank whose batch was empty takes what the others agree on."""
+
+    def body(transport: Transport) -> np.ndarray:
+        trainer = Trainer(LocalSGD(100), transport)
+        trainer.rounds.before_step()
+        for array in trainer.arrays.values():
+            array += transport.rank
+        trainer.rounds.tell(loss=float("nan"), samples=8 * transport.rank)
+        trainer.rounds.after_step()
+        trainer.rounds.flush()
+        return trainer.flat()
+
+    for weights in on_ranks(2, body):
+        np.testing.assert_allclose(weights, start() + 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("samples", [-1, float("nan"), float("inf")])
+def test_samples_that_cannot_be_are_refused(samples: float) -> None:
+    with pytest.raises(PlanError, match=rf"0 or more, not {samples}"):
+        Trainer(LocalSGD(4), SoloTransport()).rounds.tell(1.0, samples)
+
+
+def test_complex_weights_are_refused() -> None:
+    with pytest.raises(PlanError, match="LocalSGD sends real numbers, and w is complex64"):
+        Trainer(LocalSGD(4), SoloTransport(), dtype=np.complex64)
 
 
 @pytest.mark.parametrize(
@@ -251,8 +280,9 @@ def test_killed_at_any_step_and_resumed_is_bit_equal_to_uninterrupted(plan: Rela
         (lambda state: {**state, "plan": {**state["plan"], "every": "9"}}, "plan is 'every=9', here it is 'every=4'"),
         (lambda state: {**state, "tensors": state["tensors"][1:]}, r"tensors is \['b', \[7\], 'float32'\], here"),
         (lambda state: {**state, "arrays": {}}, "array '0.anchor' of shape \\(49,\\); it is not there"),
+        (lambda state: {n: v for n, v in state.items() if n not in ("step", "parts")}, "lacks step, parts"),
     ],
-    ids=["rank", "format", "plan", "tensors", "arrays"],
+    ids=["rank", "format", "plan", "tensors", "arrays", "parts"],
 )
 def test_the_state_of_other_rounds_is_refused(change: Callable[[Any], Any], rule: str) -> None:
     trainer = Trainer(LocalSGD(4), SoloTransport())

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import argparse
 
+import numpy as np
 import torch
 
 from ci.bench.relaxed_plans import INDEPENDENT, POST_LOCAL
 from ci.bench.workers.ranks import digest, leave_result, mean_seconds, meet
-from ci.bench.workers.relaxed_ways import first_model, join
+from ci.bench.workers.relaxed_ways import Trainer, first_model, join
 from ci.bench.workers.torch_step import random_batch
 from ci.rig import Traffic
 
 WARMUP_STEPS = 2
+
+
+def figures(trainer: Trainer) -> np.ndarray:
+    """Bytes sent and seconds waited so far."""
+    metrics = trainer.metrics()
+    return np.array([metrics.get("bytes_sent", 0.0), metrics.get("seconds", 0.0)])
 
 
 def main() -> None:
@@ -30,7 +37,7 @@ def main() -> None:
     for _ in range(WARMUP_STEPS):
         step()
     trainer.flush()  # a round of everything: connections are open and memory is there
-    before, counted = Traffic.sent_here(), trainer.metrics().get("bytes_sent", 0.0)
+    before, counted = Traffic.sent_here(), figures(trainer)
     first_steps = trainer.period if trainer.overlap else 0
     for _ in range(first_steps):
         step()  # what is on its way at the end is on its way at the beginning, too
@@ -40,11 +47,13 @@ def main() -> None:
         with trainer.evaluating():
             pass  # waits for what is on its way, and sends nothing
     timed_part = options.steps / (first_steps + options.steps)
+    counts = figures(trainer) - counted
     sent = Traffic.sent_here().since(before)  # nothing on a machine that is no host of the rig
     facts = {
         "wire_bytes": sent.total_bytes * timed_part,
         "data_bytes": sent.data_bytes * timed_part,
-        "counted_bytes": (trainer.metrics().get("bytes_sent", 0.0) - counted) * timed_part,
+        "counted_bytes": counts[0] * timed_part,
+        "waited_seconds": counts[1] * timed_part,
     }
     trainer.flush()  # so that ranks can be compared
     kept_in_step = options.way not in (INDEPENDENT, POST_LOCAL)

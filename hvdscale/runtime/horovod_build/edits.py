@@ -86,8 +86,8 @@ _CLOSE_QUEUES = (
 )
 
 _ASLEEP = (
-    "each rank slept to a beat of its own, and then spun until the others' came: up to a core, with nothing to do; told "
-    "so, all sleep from the moment in which they met, the longer the longer nobody had work, and a rank that "
+    "each rank slept to a beat of its own, and then spun until the others' came: up to a core, with nothing to do; "
+    "told so, all sleep from the moment in which they met, the longer the longer nobody had work, and a rank that "
     "waits for a late one soon sleeps, too"
 )
 
