@@ -207,7 +207,7 @@ def distribute(
     optimizer._hvdscale = held  # type: ignore[attr-defined]
     if not alone:
         _watch(optimizer, held)
-    if isinstance(held.exchange, CodedReducer):
+    if isinstance(held.exchange, (CodedReducer, LocalTraining)):
         held.exchange.open()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hvdscale.sync import LocalPlan, begin
+from hvdscale.sync.engine import Engine
 from hvdscale.sync.handle import LocalSync
 from hvdscale.torch.broadcast import broadcast_parameters
 from hvdscale.torch.channel import open_channel, open_post
@@ -58,7 +59,27 @@ class LocalTraining(StepsOnParameters):
         self._reducer = None if averager is None else averager()
         self._named: list[tuple[str, Tensor]] = []
         self.passes = 1 if self._reducer is None else self._reducer.passes
-        self.sync: LocalSync[Tensor]
+        self._store: TorchStore
+        self._engine: Engine
+        self._sync: LocalSync[Tensor] | None = None  # once there are rounds
+
+    def open(self) -> None:
+        """Begin the rounds. Collective: a copy, which one rank alone may make, does so when it is first used."""
+        if self._sync is None:
+            self._store = self._trainable()
+            self._engine = begin(
+                self._plan,
+                self._store,
+                lambda patient: open_channel(self._process_set, patient),
+                lambda: open_post(self._process_set),
+            )
+            self._sync = _TorchSync(self._engine, self._store, torch.from_numpy, self._enter_phase)
+
+    @property
+    def sync(self) -> LocalSync[Tensor]:
+        self.open()
+        assert self._sync is not None
+        return self._sync
 
     @property
     def watches_gradients(self) -> bool:
@@ -69,21 +90,14 @@ class LocalTraining(StepsOnParameters):
         return self._reducer is not None and self._reducer.busy
 
     def add(self, named: Sequence[tuple[str, Tensor]]) -> None:
-        """Parameters of the optimizer, at first or later. Later ones become the first rank's. Collective."""
+        """Parameters of the optimizer, at first or later. Later ones become the first rank's, which is collective."""
         first = not self._named
+        if not first:
+            self.open()
         self._named += named
         if self._reducer is not None:
             self._reducer.add(named)
-        if first:
-            self._store = self._trainable()
-            self._engine = begin(
-                self._plan,
-                self._store,
-                lambda patient: open_channel(self._process_set, patient),
-                lambda: open_post(self._process_set),
-            )
-            self.sync = _TorchSync(self._engine, self._store, torch.from_numpy, self._enter_phase)
-        else:
+        if not first:
             root = (self._process_set.ranks or [0])[0]
             broadcast_parameters([p for _, p in named], root, self._process_set)
             self._renew()
@@ -114,6 +128,7 @@ class LocalTraining(StepsOnParameters):
 
     def take_over(self) -> None:
         """A step follows, whoever waited for gradients."""
+        self.open()
         if self._trained != [p.requires_grad for _, p in self._named]:
             self._renew()  # frozen or unfrozen since
         self._engine.before_step()

@@ -105,6 +105,18 @@ def test_a_copy_trains_with_rounds_of_its_own(rank: int, size: int, way: Any) ->
     assert optimizer.sync.metrics()["rounds"] == 0
 
 
+def test_one_rank_may_copy_its_optimizer(rank: int) -> None:
+    """To look at it, say: the others hear nothing of it."""
+    model = network()
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model=model, sync=DiLoCo(2))
+    step(model, optimizer, rank, 0)
+    if rank == 0:
+        twin = copy.deepcopy(optimizer)
+        assert twin.param_groups[0]["lr"] == 0.1
+    step(model, optimizer, rank, 1)
+    assert agree(model)
+
+
 def test_a_scaler_that_skips_on_one_rank_shifts_no_round(rank: int, size: int) -> None:
     """The skipped step counts; the rank's weights were not touched by infinities and it goes on voting."""
     model = network()
