@@ -22,6 +22,6 @@ def test_a_wait_that_lasts_pauses_and_counts_the_pauses() -> None:
     cpu = time.thread_time()
     numbers = list(pauses(done))
     assert numbers == list(range(1, len(numbers) + 1))
-    assert 0 < len(numbers) <= 0.05 / 0.00005 + 1
+    assert 0 < len(numbers) <= 300  # of 50 microseconds each there would be 1000: pauses grow
     assert looks > len(numbers)  # it began without pauses
     assert time.thread_time() - cpu < 0.04
