@@ -10,11 +10,16 @@ import os
 import signal
 
 import pytest
+from xdist.workermanage import NodeManager
+
+# A lane is told to end, interrupted 5 s later, and ends its launches. After 10 s xdist would kill it, and leave them.
+_LANE_ENDS_SECONDS = 30
 
 
 def pytest_configure() -> None:
     if "HVDSCALE_ADAPTER" not in os.environ:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        NodeManager.EXIT_TIMEOUT = _LANE_ENDS_SECONDS
 
 
 # Where tests that take long are, longest first; the rest take milliseconds.
