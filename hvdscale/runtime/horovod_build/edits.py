@@ -94,6 +94,12 @@ _ASLEEP = (
 _SLEEP_TOGETHER = (
     Edit(
         "horovod/common/operations.cc",
+        "namespace common {\n\nnamespace {\n",
+        "namespace common {\n\nbool ranks_are_idle = false;  // to the background thread alone\n\nnamespace {\n",
+        _ASLEEP,
+    ),
+    Edit(
+        "horovod/common/operations.cc",
         "  auto sleep_duration = state.last_cycle_start +\n"
         "                        std::chrono::microseconds(long(\n"
         "                            state.parameter_manager.CycleTimeMs() * 1000.)) -\n"
@@ -102,6 +108,7 @@ _SLEEP_TOGETHER = (
   static const bool together =
       cycles != nullptr && std::string(cycles) == "together";
   static auto last_work = start_time;
+  ranks_are_idle = start_time - last_work > std::chrono::milliseconds(20);
   std::chrono::steady_clock::duration cycle_time = std::chrono::microseconds(
       long(state.parameter_manager.CycleTimeMs() * 1000.));
   if (together) {
@@ -133,7 +140,9 @@ _SLEEP_TOGETHER = (
     Edit(
         "horovod/common/mpi/mpi_controller.cc",
         "// MPIController\n",
-        """// MPI_Allreduce in place, in which a rank that waits for long sleeps instead of spinning.
+        """extern bool ranks_are_idle;
+
+// MPI_Allreduce in place, in which a rank that waits for long sleeps instead of spinning, where ranks have been idle.
 static int AllreduceAsleep(std::vector<long long>& bits, int count, MPI_Op op,
                            MPI_Comm comm) {
   static const char* cycles = std::getenv("HVDSCALE_CYCLES");
@@ -147,14 +156,14 @@ static int AllreduceAsleep(std::vector<long long>& bits, int count, MPI_Op op,
                             MPI_LONG_LONG_INT, op, comm, &request);
   auto patience_ends = steady_clock::now() + microseconds(200);
   auto pause = microseconds(50);
-  int done = 0;
+  int done = 0, looks = 0;
   while (code == MPI_SUCCESS) {
     code = MPI_Test(&request, &done, MPI_STATUS_IGNORE);
     if (done) {
       break;
     }
-    if (steady_clock::now() < patience_ends) {
-      std::this_thread::yield();
+    if (!ranks_are_idle || steady_clock::now() < patience_ends || ++looks % 16) {
+      std::this_thread::yield();  // MPI does not look at every connection each time
     } else {
       std::this_thread::sleep_for(pause);
       pause = std::min(2 * pause, microseconds(1000));
