@@ -10,7 +10,7 @@ from horovod.common.elastic import ObjectState
 
 from hvdscale.errors import PlanError
 from hvdscale.keras.backend import verbs
-from hvdscale.keras.keras_hooks import reducer_of
+from hvdscale.keras.keras_hooks import distributed_in, reducer_of
 from hvdscale.keras.replicas import broadcast_variables, model_state
 from hvdscale.runtime.values import ExactValues
 
@@ -67,7 +67,7 @@ class KerasState(ExactValues, ObjectState):
         """Give every rank the values of rank 0, and keep them."""
         broadcast_variables(self._variables())
         self._keep()
-        reducer = reducer_of(self.optimizer) or reducer_of(getattr(self.optimizer, "inner_optimizer", None))
+        reducer = reducer_of(distributed_in(self.optimizer))
         if reducer is not None:
             reducer.join(self.model.trainable_variables)
             if getattr(self.model, "train_function", None) is not None:

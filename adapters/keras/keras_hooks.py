@@ -21,12 +21,18 @@ from keras.src.trainers.trainer import Trainer
 
 from hvdscale.keras.backend import verbs
 
-__all__ = ["install_hooks", "reducer_of"]
+__all__ = ["distributed_in", "install_hooks", "reducer_of"]
 
 
 def reducer_of(optimizer: Any) -> Any:
     """The ``Reducer`` of a distributed optimizer, or ``None``."""
     return getattr(optimizer, "_hvdscale", None)
+
+
+def distributed_in(optimizer: Any) -> Any:
+    """The optimizer that was distributed: this one, or the one that it scales the loss for; or ``None``."""
+    candidates = (optimizer, getattr(optimizer, "inner_optimizer", None))
+    return next((one for one in candidates if reducer_of(one) is not None), None)
 
 
 @functools.cache

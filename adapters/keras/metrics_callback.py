@@ -8,6 +8,7 @@ from typing import Any
 import keras
 
 from hvdscale.keras.backend import verbs
+from hvdscale.keras.keras_hooks import distributed_in
 from hvdscale.sync.scalars import scalars
 
 __all__ = ["SyncMetricsCallback"]
@@ -48,14 +49,8 @@ class SyncMetricsCallback(keras.callbacks.Callback):
         rounds = self._metrics().get("rounds", 0.0)
         if rounds > self._rounds:
             self._rounds = rounds
-            verbs.write_metrics(self._writer, self._distributed())
+            verbs.write_metrics(self._writer, distributed_in(self.model.optimizer))
 
     def _metrics(self) -> dict[str, float]:
-        distributed = self._distributed()
+        distributed = distributed_in(self.model.optimizer)
         return {} if distributed is None else distributed.sync.metrics()
-
-    def _distributed(self) -> Any:
-        """The optimizer, or the one that loss scaling wraps; ``None`` where nobody distributed it."""
-        outer = self.model.optimizer
-        candidates = (outer, getattr(outer, "inner_optimizer", None))
-        return next((optimizer for optimizer in candidates if hasattr(optimizer, "sync")), None)

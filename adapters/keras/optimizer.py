@@ -13,7 +13,7 @@ from keras.src.saving import object_registration
 
 from hvdscale.errors import PlanError
 from hvdscale.keras.backend import verbs
-from hvdscale.keras.keras_hooks import install_hooks, reducer_of
+from hvdscale.keras.keras_hooks import distributed_in, install_hooks
 from hvdscale.keras.placed_checks import check_placed
 from hvdscale.keras.plan import Distribution
 from hvdscale.keras.reducer import Reducer
@@ -191,8 +191,7 @@ def _check(optimizer: Any) -> None:
             f"DistributedOptimizer takes a Keras 3 optimizer, got {type(optimizer).__module__}."
             f"{type(optimizer).__qualname__}. Pass an object such as keras.optimizers.Adam(1e-3)."
         )
-    inner = getattr(optimizer, "inner_optimizer", None)
-    if reducer_of(optimizer) is not None or reducer_of(inner) is not None:
+    if distributed_in(optimizer) is not None:
         raise PlanError(f"This {optimizer.name} is distributed already. Wrap an optimizer once.")
 
 

@@ -262,8 +262,9 @@ class MPITransport:
         """Where ranks meet, the first waits for the last, which may need its core."""
         if self._pause_seconds:
             self.wait(request)
-        for _ in pauses(request.Test):
-            pass
+        else:
+            for _ in pauses(request.Test):
+                pass
 
     def who_left(self, patience_seconds: float) -> tuple[int, ...]:
         if self._gone or self._closed:

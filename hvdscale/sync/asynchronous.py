@@ -17,6 +17,7 @@ from hvdscale.errors import PlanError, StateError
 from hvdscale.runtime import timeline
 from hvdscale.runtime.post import Post
 from hvdscale.sync.aside import Aside
+from hvdscale.sync.metrics import Told
 from hvdscale.sync.parameter_server import ParameterServer
 from hvdscale.sync.recovery import Recovery
 from hvdscale.sync.requests import Ask, Message
@@ -78,7 +79,7 @@ class Asynchronous:
         connect: opens a post among the ranks. Collective.
 
     Raises:
-        PlanError: more servers than ranks, or none left to train.
+        PlanError: more servers than ranks, none left to train, or complex weights.
     """
 
     def __init__(self, plan: ParameterServer, store: Store, connect: Callable[[], Post]) -> None:
@@ -86,6 +87,7 @@ class Asynchronous:
         self.step = 0
         self._figures = _Figures()
         self._store, self._connect = store, connect
+        plan.check_weights(store.weights.specs)
         self._positions = range(len(store.weights.specs))
         total = sum(spec.size for spec in store.weights.specs)
         self._post = connect()
@@ -98,7 +100,8 @@ class Asynchronous:
         self._clock = 0  # pushes, as the servers count
         self._pushes = 0  # made by this rank
         self._since = 0  # steps since the last push
-        self._told = self._samples = 0.0  # since the last step, since the last push
+        self._told = Told()  # since the last step
+        self._samples = 0.0  # since the last push
         self._begun = False
         self._fresh = True  # nothing was pushed since everyone flushed
         self._end = weakref.finalize(self, self._service.part)
@@ -130,7 +133,8 @@ class Asynchronous:
 
     def tell(self, loss: float, samples: float = 1.0) -> None:
         """How many samples this rank's batch has, before ``after_step()``; the loss is not used."""
-        self._told += samples
+        self._told.tell(loss, samples)
+        self._told.losses.clear()
 
     def before_step(self) -> None:
         """The weights, if no rank has trained alone yet, are those shared.
@@ -146,7 +150,7 @@ class Asynchronous:
     def after_step(self) -> bool:
         """Count one step, and push if it is time to. Returns whether weights changed."""
         timeline.step()
-        samples, self._told = self._told or 1.0, 0.0
+        samples = self._told.a_step()
         self.step += 1
         if not self._begun:
             self.before_step()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NoReturn
 
 from hvdscale.errors import PlanError
 from hvdscale.sync.reduction import Reduction
+from hvdscale.sync.tensors import TensorSpec, check_real
 
 __all__ = ["LocalPlan", "State", "check_whole"]
 
@@ -49,6 +51,10 @@ class LocalPlan:
             f"{type(self).__name__} sends weights, and compression=... is of gradients. Leave it out; LocalSGD, DiLoCo "
             'and SlowMo have wire="fp16" instead.'
         )
+
+    def check_weights(self, specs: Sequence[TensorSpec]) -> None:
+        """Raise PlanError at complex weights: they meet as float32."""
+        check_real(specs, type(self).__name__, "Average its gradients instead: sync=EveryStep(), or no sync.")
 
     def facts(self) -> dict[str, object]:
         """What all ranks must agree on, by name."""

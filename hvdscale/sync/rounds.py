@@ -29,11 +29,10 @@ from hvdscale.sync.part import Departure
 from hvdscale.sync.recovery import Recovery
 from hvdscale.sync.relaxed import Relaxed
 from hvdscale.sync.state import check_complete, check_origin, copy_into, origin
-from hvdscale.sync.tensors import Store, check_real
+from hvdscale.sync.tensors import Store
 from hvdscale.update.outer import Float32s
 
 __all__ = ["Rounds"]
-
 
 _STATE = ("step", "begun", "departures", "losses", "calendar", "parts", "flights", "metrics", "arrays")
 
@@ -61,9 +60,7 @@ class Rounds:
         self.step = 0
         self._store = store
         self._channel = channel
-        check_real(
-            store.weights.specs, type(plan).__name__, "Average its gradients instead: sync=EveryStep(), or no sync."
-        )
+        plan.check_weights(store.weights.specs)
         fragments = cut(store.weights.specs, plan.fragments, plan.codec)
         nodes = None if roads is not None else find_nodes(plan.groups, channel)
         beside = plan.overlap > 0 and channel.concurrent
@@ -262,9 +259,7 @@ class Rounds:
             StateError: the state of another rank, model, plan or number of ranks, or one that is incomplete.
         """
         check_origin(state, origin(self.plan, self._store.weights.specs, self._channel))
-        check_complete(
-            state, ("step", "begun", "departures", "losses", "calendar", "parts", "flights", "metrics", "arrays")
-        )
+        check_complete(state, _STATE)
         arrays = state["arrays"]
         for i, part in enumerate(self._parts):
             for name, array in part.arrays().items():
