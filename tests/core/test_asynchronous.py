@@ -202,6 +202,27 @@ def test_samples_weigh() -> None:
         np.testing.assert_allclose(weights, start() + 0.75, rtol=1e-6)
 
 
+def test_a_step_of_no_samples_does_not_count() -> None:
+    def body(transport: Transport) -> np.ndarray:
+        trainer = Trainer(ParameterServer(0), transport)
+        trainer.engine.before_step()
+        for array in trainer.arrays.values():
+            array += transport.rank
+        trainer.engine.tell(loss=1.0, samples=8 * transport.rank)
+        trainer.engine.after_step()
+        trainer.engine.flush()
+        return trainer.flat()
+
+    for weights in on_ranks(2, body):
+        np.testing.assert_allclose(weights, start() + 1, rtol=1e-6)
+
+
+def test_complex_weights_are_refused() -> None:
+    store = NumPyStore(NumPyTensors({"w": np.zeros(3, np.complex64)}))
+    with pytest.raises(PlanError, match="ParameterServer sends real numbers, and w is complex64"):
+        Asynchronous(ParameterServer(1), store, lambda: open_post(SoloTransport()))
+
+
 def test_weights_in_half_precision_have_shared_ones_in_float32() -> None:
     def body(transport: Transport) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         trainer = Trainer(ParameterServer(0), transport, dtype=np.float16)
