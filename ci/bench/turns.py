@@ -113,6 +113,7 @@ class _Player:
         except TimeoutError:
             raise self._launch.error(f"took over {self._deadline_seconds:.0f} s for {steps} steps") from None
         if "" in answers:
+            self._wait_for_an_end(10)  # what it has to say comes after its connection is closed
             raise self._launch.error("ended in the middle of a turn")
         self._signal(signal.SIGSTOP)
         self._samples[metric].append(max(map(float, answers)))
@@ -142,6 +143,12 @@ class _Player:
         for lines in self._lines:
             lines.write(f"{way} {steps}\n")
             lines.flush()
+
+    def _wait_for_an_end(self, seconds: float) -> None:
+        """Wait until one of the processes has ended, ``seconds`` at most."""
+        end = time.monotonic() + seconds
+        while all(process.poll() is None for process in self._launch.processes) and time.monotonic() < end:
+            time.sleep(0.01)
 
     def _signal(self, number: signal.Signals) -> None:
         for process in self._launch.processes if self.variant.may_be_stopped else ():
