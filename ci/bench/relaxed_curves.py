@@ -7,7 +7,8 @@
 
 A curve depends on no link, so it may be made on a busy machine. Every way reads the same batches, starts from the
 same weights and trains with AdamW, its learning rate rising over 40 steps and falling by a cosine over 360. Settings of
-AdamW are those in ``relaxed_plans``; ``--lr``, ``--beta1`` and ``--eps`` try others, and are named in the record.
+AdamW are those in ``relaxed_plans``; ``--lr``, ``--beta1``, ``--eps`` and ``--horizon``, where the cosine ends, try others,
+and are named in the record.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def read_curves(path: Path = RECORD) -> dict[str, Curve]:
 
 def named(way: str, inner: Inner) -> str:
     """The way with what is inside it."""
-    return f"{way}; lr {inner.lr:g}, beta1 {inner.beta1:g}, eps {inner.eps:g}"
+    until = f", until {inner.horizon}" if inner.horizon != Inner.horizon else ""
+    return f"{way}; lr {inner.lr:g}, beta1 {inner.beta1:g}, eps {inner.eps:g}{until}"
 
 
 def train(way: str, inner: Inner, steps: int, small: bool, deadline_seconds: float) -> dict[str, float]:
@@ -139,7 +141,8 @@ def main() -> int:
     parser.add_argument("--train", action="append", default=[], metavar="WAY", choices=known, help=", ".join(known))
     parser.add_argument("--steps", type=int, help=f"steps to train (synchronous {STEPS}, others {LONGER_STEPS})")
     for one in fields(Inner):
-        parser.add_argument(f"--{one.name}", type=float, help=f"another {one.name} of AdamW than the way's own")
+        kind = int if one.name == "horizon" else float
+        parser.add_argument(f"--{one.name}", type=kind, help=f"another {one.name} of AdamW than the way's own")
     parser.add_argument("--missing", action="store_true", help="train every way that is not recorded")
     parser.add_argument("--small", action="store_true", help="a model of 0.4 M parameters, with a record of its own")
     parser.add_argument("--record", type=Path, help=f"the JSON to read, and to write to ({RECORD.name})")

@@ -26,7 +26,7 @@ from rich.table import Table
 from ci.bench.harness import Process, Variant, arguments, end_on_sigterm, launch, slowest
 from ci.bench.local import MPIRUN, thread_env
 from ci.bench.relaxed_curves import STEPS, SYNCHRONOUS, Curve, read_curves
-from ci.bench.relaxed_plans import BEST, DDP, IN_THE_WAY, INDEPENDENT, PLANS, POST_LOCAL, SELDOM, sent_bytes
+from ci.bench.relaxed_plans import BEST, DDP, IN_THE_WAY, INDEPENDENT, PLANS, POST_LOCAL, SELDOM, SOONEST, sent_bytes
 from ci.bench.workers.torch_step import WIDTH
 from ci.rig import HEADER_BYTES, Rig, RigError
 from hvdscale.sync import EveryStep
@@ -42,7 +42,7 @@ WAYS = (
     "DiLoCo, 32",
     IN_THE_WAY,
     SELDOM,
-    "local SGD, 2, int4",
+    SOONEST,
     BEST,
 )
 # The least of the step without communication over the way's step, by rate in Mbit/s.

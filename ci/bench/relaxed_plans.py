@@ -17,6 +17,7 @@ __all__ = [
     "PLANS",
     "POST_LOCAL",
     "SELDOM",
+    "SOONEST",
     "WIRES",
     "Inner",
     "inner_of",
@@ -41,6 +42,7 @@ PLANS: dict[str, EveryStep | Relaxed] = {
     "local SGD, 2, int8": LocalSGD(2, wire="int8"),
     "local SGD, 2, int4": LocalSGD(2, wire="int4"),
     "local SGD, 2, int4, overlap": LocalSGD(2, wire="int4", overlap=1),
+    "local SGD, 2, int4, halves": LocalSGD(2, wire="int4", fragments=2, overlap=1),
     "local SGD, 4": LocalSGD(4),
     "local SGD, 4, int8": LocalSGD(4, wire="int8"),
     "local SGD, 4, int4": LocalSGD(4, wire="int4"),
@@ -58,11 +60,15 @@ PLANS: dict[str, EveryStep | Relaxed] = {
 
 @dataclass(frozen=True)
 class Inner:
-    """AdamW inside a way: highest learning rate, momentum, and what it adds to the root of the second moment."""
+    """AdamW inside a way: highest learning rate, momentum, and what it adds to the root of the second moment.
+
+    The rate falls until step ``horizon``.
+    """
 
     lr: float
     beta1: float
     eps: float
+    horizon: int = 360
 
 
 def inner_of(way: str, small: bool = False) -> Inner:
@@ -72,13 +78,14 @@ def inner_of(way: str, small: bool = False) -> Inner:
         return tuned.get(way, Inner(4e-3, 0.8, 1e-4))
     # Ranks that train alone divide by the noise of their own small batches, and want a higher rate.
     together = way == DDP or isinstance(PLANS.get(way), EveryStep)
-    return Inner(1e-3 if together else 2e-3, 0.8, 1e-8)
+    return Inner(1e-3 if together else 2e-3, 0.8, 1e-8, 420 if way == SOONEST else Inner.horizon)
 
 
 WIRES = {"int8": ("every step, int8", 0.003), "int4": ("every step, int4", 0.01)}
 """By wire: its plan, and how much above the same plan over fp32, ``FULL_WIRE``, its loss may end."""
 FULL_WIRE = "every step"
 BEST = "every step, int4"  # by loss after equal tokens
+SOONEST = "local SGD, 2, int4, halves"  # at the loss of synchronous training over a slow link
 SELDOM = "local SGD, 16, int8, overlap"  # by seconds of a step
 IN_THE_WAY = "local SGD, 16, int8"  # the same, and training waits for each transfer
 

@@ -14,18 +14,17 @@ from torch import nn
 from ci.bench.workers.ranks import leave_result
 from ci.bench.workers.relaxed_ways import Trainer, first_model, join
 
-# The part of the highest learning rate is the same function of the step in every way, whatever the length of the run.
-WARMUP_STEPS, HORIZON_STEPS, LAST_PART = 40, 360, 0.1
+WARMUP_STEPS, LAST_PART = 40, 0.1
 EQUAL_STEPS = 300  # where ways are compared at equal tokens
 HELD_OUT_WINDOWS = 64  # of each rank
 SMALL = {"width": 128, "layers": 2, "context": 64}
 
 
-def learning_rate(step: int) -> float:
-    """The part of the highest rate at ``step``: linear warm-up, then a cosine down to ``LAST_PART``."""
+def learning_rate(step: int, horizon: int) -> float:
+    """The part of the highest rate at ``step``: linear warm-up, then a cosine down to ``LAST_PART`` at ``horizon``."""
     if step < WARMUP_STEPS:
         return (step + 1) / WARMUP_STEPS
-    down = 0.5 - 0.5 * math.cos(math.pi * min(1.0, (step - WARMUP_STEPS) / (HORIZON_STEPS - WARMUP_STEPS)))
+    down = 0.5 - 0.5 * math.cos(math.pi * min(1.0, (step - WARMUP_STEPS) / (horizon - WARMUP_STEPS)))
     return 1 - (1 - LAST_PART) * down
 
 
@@ -55,13 +54,14 @@ def main() -> None:
     parser.add_argument("--lr", type=float, required=True, help="AdamW's highest learning rate")
     parser.add_argument("--eps", type=float, required=True, help="AdamW's epsilon")
     parser.add_argument("--beta1", type=float, required=True, help="AdamW's momentum")
+    parser.add_argument("--horizon", type=int, required=True, help="step from which the rate is lowest")
     parser.add_argument("--small", action="store_true", help="a model of 0.4 million parameters, half the context")
     options = parser.parse_args()
     model = first_model(**(SMALL if options.small else {}))
     betas = (options.beta1, 0.999)
     inner = torch.optim.AdamW(model.parameters(), options.lr, betas=betas, eps=options.eps, weight_decay=0.01)
     trainer = join(options.way, model, inner)
-    rate = torch.optim.lr_scheduler.LambdaLR(inner, learning_rate)
+    rate = torch.optim.lr_scheduler.LambdaLR(inner, lambda step: learning_rate(step, options.horizon))
     # The examples' defaults: the source of Python's library in bytes, 8 windows of 128 per rank and step; of one order.
     flags = parse_flags("", ["--shard", "random", *(["--context", str(SMALL["context"])] if options.small else [])])
     share = load_share(flags, trainer.rank, trainer.ranks)
