@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from lm.batches import Share
 from lm.flags import parse_flags, run
-from lm.plans import plan_of
+from lm.plans import add_plan_flags, plan_of
+from lm.report import say
 from lm.together import load_together
 from torch import nn
 from torch_lm import LanguageModel, mean_of_ranks, schedule
@@ -41,7 +42,8 @@ class Curve:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    group = parser.add_argument_group("plans", "Written as behind --sync of torch_lm.py, whose --help lists the flags.")
+    group.add_argument(
         "--plan", action="append", dest="plans", metavar="PLAN", help=f"one more; left out: {', '.join(PLANS)}"
     )
     parser.set_defaults(plot="plans.png", eval_every=20, steps=200, shard="random")
@@ -53,12 +55,15 @@ def read_plan(text: str) -> object:
     Raises:
         PlanError: it cannot be.
     """
+    parser = argparse.ArgumentParser(add_help=False)
+    add_plan_flags(parser)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            return plan_of(parse_flags("", ["--sync", *text.split()]))
+            return plan_of(parser.parse_args(["--sync", *text.split()]))
     except SystemExit:
         raise PlanError(
-            f"--plan is written as behind --sync, such as {PLANS[1]!r}; it is {text!r}. See --help, agreement."
+            f"--plan is written as behind --sync of torch_lm.py, such as {PLANS[1]!r}; it is {text!r}. See its --help, "
+            "agreement."
         ) from None
 
 
@@ -124,7 +129,7 @@ def draw(path: str, curves: list[Curve]) -> None:
 
 
 def main() -> None:
-    flags = parse_flags(__doc__, extend=add_flags)
+    flags = parse_flags(__doc__, extend=add_flags, one_run=False)
     hvd.init()
     plans = flags.plans or list(PLANS)
     for text in plans:
@@ -135,14 +140,13 @@ def main() -> None:
         curves.append(train(text, flags, share))
         if hvd.rank() == 0:
             end = curves[-1]
-            print(
+            say(
                 f"{text:<50} held-out loss {end.losses[-1]:.4f} after {end.steps[-1]} steps, {end.seconds[-1]:.1f} s, "
-                f"{end.sent_bytes[-1] / 1e6:,.1f} MB sent by a rank",
-                flush=True,
+                f"{end.sent_bytes[-1] / 1e6:,.1f} MB sent by a rank"
             )
     if hvd.rank() == 0:
         draw(flags.plot, curves)
-        print(f"curves in {flags.plot}", flush=True)
+        say(f"curves in {flags.plot}")
 
 
 if __name__ == "__main__":

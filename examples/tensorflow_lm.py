@@ -13,7 +13,7 @@ import hvdscale.tensorflow as hvd  # hvd
 import numpy as np
 import tensorflow as tf
 from lm.batches import Share
-from lm.flags import parse_flags, run
+from lm.flags import parse_flags, process_sets, run
 from lm.plans import plan_of
 from lm.report import Report
 from lm.together import load_together
@@ -98,7 +98,7 @@ def evaluate(
 
 def main() -> None:
     flags = parse_flags(__doc__)
-    hvd.init()  # hvd
+    hvd.init(process_sets=process_sets(flags))  # hvd
     rank, ranks = hvd.rank(), hvd.size()  # hvd
     share = load_together(flags, rank, ranks, mean_of_ranks)
 

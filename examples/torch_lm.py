@@ -14,7 +14,7 @@ import math
 import numpy as np
 import torch
 from lm.batches import Share
-from lm.flags import parse_flags, run
+from lm.flags import parse_flags, process_sets, run
 from lm.mesh import add_mesh_flags, mesh_of
 from lm.plans import plan_of
 from lm.report import Report
@@ -90,7 +90,7 @@ def evaluate(
 
 def main() -> None:
     flags = parse_flags(__doc__, extend=add_mesh_flags)
-    hvd.init(process_sets="dynamic" if flags.tp > 1 else None)  # hvd
+    hvd.init(process_sets=process_sets(flags))  # hvd
     rank, ranks = hvd.rank(), hvd.size()  # hvd
     mesh = mesh_of(flags, ranks)
     share = load_together(flags, mesh.coordinates(rank).dp, mesh.dp, mean_of_ranks)

@@ -20,7 +20,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 from lm.batches import Batches, Share
-from lm.flags import parse_flags, run
+from lm.flags import parse_flags, process_sets, run
 from lm.mesh import add_mesh_flags, add_pipeline_flags, mesh_of, pipeline_of
 from lm.plans import plan_of
 from lm.report import Report
@@ -118,7 +118,7 @@ def shard(model: keras.Model, mesh: hvd.Mesh, loss: keras.losses.Loss, flags: ar
 
 def main() -> None:
     flags = parse_flags(__doc__, extend=sharding_flags)
-    hvd.init(process_sets="dynamic" if flags.tp > 1 or flags.pp > 1 else None)  # hvd
+    hvd.init(process_sets=process_sets(flags))  # hvd
     rank, ranks = hvd.rank(), hvd.size()  # hvd
     mesh = mesh_of(flags, ranks)
     share = load_together(flags, mesh.coordinates(rank).dp, mesh.dp, mean_of_ranks)

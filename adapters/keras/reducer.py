@@ -331,6 +331,7 @@ class Reducer:
     def after_step(self) -> None:
         """The optimizer has made a step, or left it out."""
         if self._training is not None and not self.suspended:
+            _refuse_xla("the rounds between steps")
             self._training.after_step()
 
     def _reduced(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
@@ -341,11 +342,7 @@ class Reducer:
         """
         if self.suspended or not self.exchanges:
             return list(gradients)
-        if verbs.compiled_by_xla():
-            raise PlanError(
-                "XLA cannot compile Horovod's operations. Call model.compile(..., jit_compile=False), and leave "
-                "jit_compile out of tf.function."
-            )
+        _refuse_xla("Horovod's operations")
         local = [id(v) in self.local for v in variables]
         shared = [None if mine else g for g, mine in zip(gradients, local, strict=True)]
         if self.coded is not None:
@@ -382,3 +379,12 @@ class Reducer:
             yield
         finally:
             self.suspended = False
+
+
+def _refuse_xla(what: str) -> None:
+    """Raise PlanError where the step is being compiled by XLA."""
+    if verbs.compiled_by_xla():
+        raise PlanError(
+            f"XLA cannot compile {what}. Call model.compile(..., jit_compile=False), and leave jit_compile out of "
+            "tf.function."
+        )

@@ -64,8 +64,8 @@ class DistributedGradientTape(tf.GradientTape):
     ) -> None:
         if sync not in (None, EveryStep()):
             raise PlanError(
-                f"sync takes EveryStep() on a tape, which reduces every gradient it is asked for; got {sync!r}. Give "
-                "other plans to hvd.DistributedOptimizer, and the gradients of a plain tape to that."
+                f"A tape averages every gradient it is asked for, as they are: {sync!r} is for an optimizer. Give it to "
+                "hvd.DistributedOptimizer(optimizer, sync=...), and the gradients of a plain tape to that."
             )
         if isinstance(gradtape, DistributedGradientTape):
             raise PlanError("This tape is distributed already: its gradients would be reduced twice. Wrap it once.")

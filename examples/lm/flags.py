@@ -20,8 +20,12 @@ def parse_flags(
     description: str,
     arguments: Sequence[str] | None = None,
     extend: Callable[[argparse.ArgumentParser], None] | None = None,
+    one_run: bool = True,
 ) -> argparse.Namespace:
-    """The command line, ``arguments`` when given; ``extend`` adds flags of an example's own."""
+    """The command line, ``arguments`` when given; ``extend`` adds flags of an example's own.
+
+    ``one_run``: it trains once, by one plan, and what that came to can be written to files.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
     text = parser.add_argument_group("text")
     text.add_argument("--data", help="a text file or a folder; left out: the source of Python's own library")
@@ -43,11 +47,12 @@ def parse_flags(
     )
     train.add_argument("--eval-every", type=int, default=100, help="steps between evaluations")
     train.add_argument("--seed", type=int, default=0)
-    add_plan_flags(parser)
     output = parser.add_argument_group("output")
-    output.add_argument("--logdir", help="write TensorBoard scalars here")
     output.add_argument("--plot", help="write the loss curves to this image")
-    output.add_argument("--record", help="write the losses to this JSON file")
+    if one_run:
+        output.add_argument("--logdir", help="write TensorBoard scalars here")
+        output.add_argument("--record", help="write the losses to this JSON file")
+        add_plan_flags(parser)
     if extend is not None:
         extend(parser)
     flags = parser.parse_args(arguments)
@@ -71,7 +76,14 @@ def check_flags(flags: argparse.Namespace) -> None:
         raise PlanError(f"--warmup lies in 0..steps-1; it is {flags.warmup} of {flags.steps} steps.")
     if not 0 < flags.held_out < 1:
         raise PlanError(f"--held-out lies between 0 and 1; it is {flags.held_out:g}.")
-    plan_of(flags)
+    if hasattr(flags, "sync"):
+        plan_of(flags)
+
+
+def process_sets(flags: argparse.Namespace) -> str | None:
+    """What ``hvd.init`` must know: ``"dynamic"`` where some ranks will work together without the others."""
+    split = max(getattr(flags, "tp", 1), getattr(flags, "pp", 1)) > 1
+    return "dynamic" if split or getattr(flags, "groups", "world") != "world" else None
 
 
 def run(main: Callable[[], None]) -> None:

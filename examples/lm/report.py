@@ -86,11 +86,11 @@ class Report:
             return
         self._bar.close()
         before, after = self.held_out[min(self.held_out)], self.held_out[max(self.held_out)]
-        print(f"speed          {everyone / self.ranks:,.0f} tokens/s per rank, {everyone:,.0f} tokens/s in all")
+        say(f"speed          {everyone / self.ranks:,.0f} tokens/s per rank, {everyone:,.0f} tokens/s in all")
         agreed = self.agreement()
         if agreed:
-            print(f"agreement      {agreed['rounds']:.0f} rounds, {agreed['bytes_sent'] / 1e6:,.1f} MB sent by rank 0")
-        print(f"held-out loss  {before:.4f} before, {after:.4f} after {len(self.train)} steps", flush=True)
+            say(f"agreement      {agreed['rounds']:.0f} rounds, {agreed['bytes_sent'] / 1e6:,.1f} MB sent by rank 0")
+        say(f"held-out loss  {before:.4f} before, {after:.4f} after {len(self.train)} steps")
         if self._scalars:
             self._scalars.close()
         if record:
@@ -98,6 +98,12 @@ class Report:
             Path(record).write_text(json.dumps(losses))
         if plot:
             _plot(plot, self.train, self.held_out)
+
+
+def say(line: str) -> None:
+    """A line in one piece: ``print`` hands over its end apart, and a launcher then marks that as a line of its own."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 class _Bar:
@@ -117,7 +123,7 @@ class _Bar:
             self._progress.start()
 
     def step(self, step: int, loss: float, tokens_per_second: float) -> None:
-        text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+        text = f"loss {loss:.4f}" + (f"  {tokens_per_second:,.0f} tokens/s" if tokens_per_second else "")
         if self._drawn:
             self._progress.update(self._task, completed=step, description=f"{text} (rank 0)")
         elif step % max(1, self._steps // 10) == 0:
@@ -127,7 +133,7 @@ class _Bar:
         if self._drawn:
             self._progress.print(line, highlight=False)
         else:
-            print(line, flush=True)
+            say(line)
 
     def close(self) -> None:
         if self._drawn:

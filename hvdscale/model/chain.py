@@ -8,6 +8,7 @@ sliding windows takes the one that cuts the fewest bytes.
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -78,23 +79,25 @@ def _memory_reach(graph: Graph, memory: Memory, cap: float) -> Int64s:
 
 def _ends(prefix: Float64s, reach: Int64s, limit: float) -> Int64s:
     """int64[n]: the furthest end of a part that starts at each node and weighs at most ``limit``."""
-    n = len(reach)
-    ends = np.searchsorted(prefix, prefix[:-1] + limit, side="right") - 1
-    # A sum may round to the other side of the limit than the difference that is meant.
-    ends -= prefix[ends] - prefix[:-1] > limit
-    following = np.minimum(ends + 1, n)
-    ends = np.where(prefix[following] - prefix[:-1] <= limit, following, ends)
-    return np.minimum(ends, reach)
+    return np.minimum(_furthest(prefix, prefix[:-1], limit), reach)
+
+
+def _furthest(prefix: Float64s, begun: Any, limit: float) -> Any:
+    """The last boundary that lies at most ``limit`` after each of ``begun``, which are values of ``prefix``."""
+    ends = np.searchsorted(prefix, begun + limit, side="right") - 1
+    # A sum may round to the other side of the limit than the difference that is meant. Before and after nodes without
+    # weight lie the same values.
+    before = np.searchsorted(prefix, prefix[ends], side="left") - 1
+    ends = np.where(prefix[ends] - begun > limit, before, ends)
+    following = prefix[np.minimum(ends + 1, len(prefix) - 1)]
+    return np.where(following - begun <= limit, np.searchsorted(prefix, following, side="right") - 1, ends)
 
 
 def _fits(prefix: Float64s, reach: Int64s, parts: int, limit: float) -> bool:
     """Whether at most ``parts`` parts of at most ``limit`` are enough: each taken as long as it can be."""
     n, start = len(reach), 0
     for _ in range(parts):
-        end = int(np.searchsorted(prefix, prefix[start] + limit, side="right")) - 1
-        end -= bool(prefix[end] - prefix[start] > limit)
-        end += bool(end < n and prefix[end + 1] - prefix[start] <= limit)
-        end = min(end, int(reach[start]))
+        end = min(int(_furthest(prefix, prefix[start], limit)), int(reach[start]))
         if end >= n:
             return True
         if end <= start:

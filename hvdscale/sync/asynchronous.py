@@ -22,7 +22,7 @@ from hvdscale.sync.parameter_server import ParameterServer
 from hvdscale.sync.recovery import Recovery
 from hvdscale.sync.requests import Ask, Message
 from hvdscale.sync.servers import Servers
-from hvdscale.sync.state import check_origin, copy_into, origin
+from hvdscale.sync.state import check_origin, copy_into, origin, reading
 from hvdscale.sync.tensors import Store
 from hvdscale.update.outer import Float32s
 
@@ -260,7 +260,7 @@ class Asynchronous:
             self._base[place] = answers[server].values
         self._write()
         if change is not None and not change.size:
-            self._recovery.come_back(self.step)
+            self._recovery.come_back(self.step, voted=True)
         mean = answers[first].ledger[self._post.size :]  # empty where no rank's was finite
         if beside is not None and mean.size:
             beside.values[:] = mean
@@ -326,6 +326,7 @@ class Asynchronous:
             "arrays": arrays,
         }
 
+    @reading()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state_dict()`` was called. Every rank that trains calls it, before its first step.
 

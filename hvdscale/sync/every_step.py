@@ -44,7 +44,7 @@ class EveryStep:
         if self.update not in ("local", "central", "sharded"):
             raise PlanError(
                 f'EveryStep(update=...) takes "local", "central" or "sharded", got {self.update!r}. '
-                "Leave it out: every worker then applies the averaged gradient itself."
+                f"Leave it out: every worker then applies the averaged gradient itself.{_hint(self.update)}"
             )
         parse_wire(self.wire)
         if self.placed and self.coded:
@@ -109,3 +109,12 @@ class EveryStep:
     def facts(self) -> dict[str, object]:
         """What all ranks must agree on, by name."""
         return {"plan": self}
+
+
+def _hint(update: object) -> str:
+    """Where a wire format was given for an update: how to say it."""
+    try:
+        parse_wire(update)  # type: ignore[arg-type]
+    except PlanError:
+        return ""
+    return f" A wire format is given by name: EveryStep(wire={update!r})."

@@ -12,6 +12,8 @@ from hvdscale.sync.wire import Codec
 
 __all__ = ["Fragment", "cut"]
 
+_MANY = 1 << 20  # values, of which the last block of a code is a small part
+
 
 @dataclass(frozen=True)
 class Fragment:
@@ -27,7 +29,7 @@ class Fragment:
 
 
 def cut(specs: Sequence[TensorSpec], parts: int, codec: Codec) -> tuple[Fragment, ...]:
-    """``parts`` runs of tensors with nearly equal numbers of values.
+    """``parts`` runs of tensors with nearly equal numbers of bytes on the wire.
 
     Raises:
         PlanError: fewer tensors than parts.
@@ -37,11 +39,13 @@ def cut(specs: Sequence[TensorSpec], parts: int, codec: Codec) -> tuple[Fragment
             f"A fragment holds at least one tensor: there are {len(specs)} trainable tensors and fragments={parts}. "
             f"Use at most {len(specs)} fragments."
         )
-    return tuple(_fragment(specs, range(a, b), codec) for a, b in pairwise(_borders(specs, parts)))
+    return tuple(_fragment(specs, range(a, b), codec) for a, b in pairwise(_borders(specs, parts, codec)))
 
 
-def _borders(specs: Sequence[TensorSpec], parts: int) -> list[int]:
-    ends = list(accumulate((spec.size for spec in specs), initial=0))  # [tensors + 1]
+def _borders(specs: Sequence[TensorSpec], parts: int, codec: Codec) -> list[int]:
+    coded = codec.size(_MANY) / _MANY  # bytes of a value
+    sent_bytes = (spec.size * (coded if _travels_coded(spec) else 4) for spec in specs)
+    ends = list(accumulate(sent_bytes, initial=0.0))  # [tensors + 1]
     borders = [0]
     for part in range(1, parts):
         ideal = ends[-1] * part / parts

@@ -27,7 +27,7 @@ from hvdscale.sync.exchange import Mean
 from hvdscale.sync.flight import Courier
 from hvdscale.sync.fragments import cut
 from hvdscale.sync.header import Float64s, Header, Meeting, Phase
-from hvdscale.sync.state import check_origin, copy_into, origin
+from hvdscale.sync.state import check_origin, copy_into, origin, reading
 from hvdscale.sync.tensors import TensorSpec, check_real
 from hvdscale.update.outer import Float32s
 
@@ -52,13 +52,14 @@ class GradientMean:
     def __init__(
         self, plan: EveryStep, specs: Sequence[TensorSpec], channel: Channel, messages: int = 1, beside: bool = False
     ) -> None:
-        check_real(specs, f'wire="{plan.wire}"', "Leave wire out: Horovod adds complex numbers as they are.")
+        check_real(specs, f'wire="{plan.wire}"')
         self._plan, self._specs, self._channel = plan, tuple(specs), channel
         self.fragments = tuple(reversed(cut(specs, min(messages, len(specs)), plan.codec)))
         self._means = [Mean(fragment, plan.codec, channel) for fragment in self.fragments]
         self._courier = Courier(channel, beside)
         self._sent = [0] * len(self.fragments)
         self._seconds = 0.0
+        self._sent_before_bytes = 0  # by the run that this one resumes
         told = [(spec.name, spec.shape, spec.role) for spec in self._specs]
         self._digest = zlib.crc32(repr((told, messages)).encode())
 
@@ -126,13 +127,16 @@ class GradientMean:
 
     def metrics(self) -> dict[str, float]:
         """``rounds``: steps averaged; ``bytes_sent`` by this rank; ``seconds`` the training thread waited for them."""
-        return {"rounds": self._sent[0], "bytes_sent": self._channel.sent_bytes, "seconds": self._seconds}
+        sent_bytes = self._sent_before_bytes + self._channel.sent_bytes
+        return {"rounds": self._sent[0], "bytes_sent": sent_bytes, "seconds": self._seconds}
 
     def state_dict(self) -> dict[str, Any]:
         """What coding lost so far, to go on bit-equal. Between two steps."""
         arrays = {name: array.copy() for name, array in self._arrays().items()}
-        return {**origin(self._plan, self._specs, self._channel), "sent": list(self._sent), "arrays": arrays}
+        told = {"sent": list(self._sent), "metrics": self.metrics()}
+        return {**origin(self._plan, self._specs, self._channel), **told, "arrays": arrays}
 
+    @reading()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state of ``state_dict()``.
 
@@ -145,6 +149,9 @@ class GradientMean:
         for name, array in self._arrays().items():
             copy_into(state.get("arrays", {}), name, array)
         self._sent = [int(state["sent"][0])] * len(self._sent)
+        before = state.get("metrics") or self.metrics()  # not in states of older versions
+        self._seconds = before["seconds"]
+        self._sent_before_bytes += before["bytes_sent"] - self.metrics()["bytes_sent"]
 
     def _arrays(self) -> dict[str, Float32s]:
         return {
@@ -158,4 +165,4 @@ def metrics_of(means: Iterable[GradientMean]) -> dict[str, float]:
     """``metrics()`` of several that share a channel, as of one; of none so far: zeros."""
     figures = [mean.metrics() for mean in means] or [{"rounds": 0, "bytes_sent": 0, "seconds": 0.0}]
     added = {name: sum(one[name] for one in figures) for name in ("rounds", "seconds")}
-    return {**added, "bytes_sent": figures[0]["bytes_sent"]}
+    return {**added, "bytes_sent": max(one["bytes_sent"] for one in figures)}  # what one resumed had sent included

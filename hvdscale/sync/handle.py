@@ -181,7 +181,8 @@ class SteadySync(Generic[T]):
         if self._kept is not None:
             self._kept.load_state_dict(state)
         elif state:
+            plan = (state.get("plan") or {}).get("plan", "it was saved with")
             raise StateError(
                 "This state belongs to another plan, and this optimizer keeps nothing between steps. Load it into an "
-                f"optimizer with the plan {state.get('plan')}, or leave it out and load the outer weights."
+                f"optimizer with the plan {plan}, or leave it out and load the outer weights."
             )

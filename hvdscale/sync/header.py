@@ -9,11 +9,13 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-from hvdscale.errors import DesyncError
+from hvdscale.errors import DesyncError, PlanError
 
 __all__ = ["Header", "Meeting", "Phase"]
 
 Float64s = npt.NDArray[np.float64]
+
+_SAME = 1e-5  # of the weights' norm: averaged gradients of a warm-up may differ in last bits between processors
 
 
 class Phase(IntEnum):
@@ -22,6 +24,8 @@ class Phase(IntEnum):
     TRAINING = 0  # between two steps
     LEAVING = 1  # in flush(), with no more steps to make; others may have
     FINISHING = 2  # in flush(), as everyone
+    STARTING = 3  # before the first round: do all hold the same weights?
+    ASKING = 4  # for the mean of all weights, between rounds
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,10 @@ class Header:
         phase: where this rank is.
         step: steps it has made.
         weight: samples (or steps, if nobody counts) since its last round of the fragment, a finished rank's is 0; or
-            its mass among neighbours.
+            its mass among neighbours. Before the first round: the landmark of its weights.
         finite: its weights hold no NaN and no infinity.
         square: sum of squares of the pseudo-gradient; among neighbours, how far apart they were the round before.
+            Before the first round: of the weights.
         loss: mean training loss since the last round; NaN if it was not told.
         beside: values of buffers and moments that are averaged beside the weights.
     """
@@ -71,7 +76,8 @@ class Meeting:
         rounds, fragments, phases, steps = self.table[:, :4].T.astype(int)
         beside = self.table[:, 8].astype(int)
         training = steps[phases == Phase.TRAINING]
-        if max(map(len, map(set, (rounds, fragments, training)))) > 1 or Phase.FINISHING in phases[phases != phases[0]]:
+        mixed = set(phases) - {Phase.TRAINING, Phase.LEAVING} if len(set(phases)) > 1 else ()
+        if max(map(len, map(set, (rounds, fragments, training)))) > 1 or mixed:
             lines = [
                 f"  rank {rank}: round {number} of fragment {fragment}, {Phase(phase).name.lower()}, after {step} steps"
                 for rank, number, fragment, phase, step in zip(
@@ -88,6 +94,31 @@ class Meeting:
             raise DesyncError(
                 "Ranks hold different buffers or optimizer moments to average:\n" + "\n".join(lines) + "\n"
                 "Give every rank the same model, and let each make a step before the first round."
+            )
+
+    def check_start(self) -> None:
+        """Raise DesyncError where ranks hold different weights before the first round, PlanError where none are finite.
+
+        The same text on every rank.
+        """
+        if not self.finite.all():
+            raise PlanError(
+                f"Weights are not finite before the first round, on rank {', '.join(map(str, self.not_finite))}: there "
+                "is nothing yet to go back to. If a warm-up led there, look for what made the loss NaN or infinite: a "
+                "batch, or too high a learning rate."
+            )
+        landmarks, norm = self.table[:, 4], float(np.sqrt(self.table[:, 6].max()))
+        apart = [
+            rank
+            for rank, landmark in zip(self.ranks, landmarks, strict=True)
+            if abs(landmark - landmarks[0]) > _SAME * norm
+        ]
+        if apart:
+            raise DesyncError(
+                f"Ranks begin with different weights: those of rank {', '.join(map(str, apart))} are not those of rank "
+                f"{self.ranks[0]}. Rounds share what ranks learnt from where all began. Pass model= to "
+                "DistributedOptimizer, which makes the first rank's weights everyone's, or broadcast them before the "
+                "first step."
             )
 
     @property

@@ -54,7 +54,7 @@ class LocalPlan:
 
     def check_weights(self, specs: Sequence[TensorSpec]) -> None:
         """Raise PlanError at complex weights: they meet as float32."""
-        check_real(specs, type(self).__name__, "Average its gradients instead: sync=EveryStep(), or no sync.")
+        check_real(specs, type(self).__name__)
 
     def facts(self) -> dict[str, object]:
         """What all ranks must agree on, by name."""

@@ -46,15 +46,22 @@ class Told:
         """Note a batch.
 
         Raises:
-            PlanError: ``samples`` below 0, or not a number.
+            PlanError: ``samples`` below 0, or not a number; a loss that has no value yet.
         """
+        try:
+            loss = float(loss)
+        except (TypeError, ValueError, NotImplementedError):
+            raise PlanError(
+                f"optimizer.sync.tell(loss) takes a number, and {type(loss).__name__} is none, or none yet: inside a "
+                "compiled step there are no values. Tell it of what the step returned, before the next one."
+            ) from None
         if not 0 <= samples < float("inf"):
             raise PlanError(
                 f"optimizer.sync.tell(loss, samples) takes how many samples the loss is the mean of: 0 or more, not "
                 f"{samples}."
             )
         if samples:
-            self.losses.append((float(loss), float(samples)))
+            self.losses.append((loss, float(samples)))
         self.samples = (self.samples or 0.0) + samples
 
     def a_step(self) -> float:

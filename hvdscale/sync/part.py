@@ -18,7 +18,7 @@ from hvdscale.sync.header import Meeting, Phase
 from hvdscale.sync.tensors import Tensors
 from hvdscale.update.outer import Float32s, blocks
 
-__all__ = ["Departure", "Found", "Part"]
+__all__ = ["Departure", "Found", "Part", "landmark", "square_in_float64"]
 
 
 _RUN = 1 << 16  # values copied at once, at least: calls of a framework cost, too
@@ -102,6 +102,11 @@ class Part(ABC):
     @abstractmethod
     def weight(self, phase: Phase) -> float:
         """How much what this rank has to say counts."""
+
+    def landmark(self) -> tuple[float, float]:
+        """Before the first round: a sum over the weights ranks begin with, which tells those of other ranks apart, and
+        their square."""
+        return 0.0, 0.0
 
     @abstractmethod
     def depart(self, out: Float32s, travels: bool) -> Departure:
@@ -199,3 +204,14 @@ class Part(ABC):
 def square_in_float64(values: Float32s) -> float:
     """The sum of squares where float32 may have overflowed; NaN or infinite if a value is."""
     return sum(float(np.sum(np.square(values[block], dtype=np.float64))) for block in blocks(values.size))
+
+
+def landmark(values: Float32s) -> tuple[float, float]:
+    """A sum over float32[n] with weights of its own, and the sum of squares: of another vector they are others."""
+    weights = np.random.default_rng(0).standard_normal(_RUN, np.float32)
+    total = square = 0.0
+    for start in range(0, values.size, _RUN):
+        block = values[start : start + _RUN]
+        total += float(np.dot(block, weights[: block.size])) * (1 + 1 / (1 + start))
+        square += float(np.dot(block, block))
+    return total, square if np.isfinite(square) else square_in_float64(values)

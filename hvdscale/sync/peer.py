@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 
 from hvdscale.sync.fragments import Fragment
-from hvdscale.sync.header import Meeting, Phase
+from hvdscale.sync.header import Header, Meeting, Phase
 from hvdscale.sync.part import Departure, Found, Part, square_in_float64
 from hvdscale.sync.push_sum import Neighbours
 from hvdscale.sync.tensors import Tensors
 from hvdscale.update.outer import Float32s
 
 __all__ = ["Peer"]
+
+_LEAST = 1e-300  # the mass of a rank that gave its own to others: it speaks for all if they have lost it
 
 
 class Peer(Part):
@@ -26,7 +28,17 @@ class Peer(Part):
         self.begin()
 
     def numbers(self) -> dict[str, Any]:
-        return {**super().numbers(), "mass": self.mass, "apart": self.apart, "spread": self.spread}
+        names = ("mass", "apart", "spread", "heard")
+        return {**super().numbers(), **{name: getattr(self, name) for name in names}}
+
+    @property
+    def heard(self) -> float:
+        """``spread`` as of a round whose answer may still be under way."""
+        return self.exchange.spread
+
+    @heard.setter
+    def heard(self, spread: float) -> None:
+        self.exchange.spread = spread
 
     def begin(self) -> None:
         self.mass = 1.0
@@ -36,8 +48,9 @@ class Peer(Part):
             self.rounding[:] = 0
 
     def weight(self, phase: Phase) -> float:
-        silent = phase is Phase.FINISHING and not self.apart and not self.since
-        return 0.0 if silent else self.mass
+        if phase is Phase.FINISHING:
+            return max(self.mass, _LEAST) if self.apart or self.since else 0.0
+        return self.mass
 
     def depart(self, out: Float32s, travels: bool) -> Departure:
         square = 0.0
@@ -77,5 +90,6 @@ class Peer(Part):
         """The mean of all ranks now, which keep their own. Collective."""
         values = np.empty(self.fragment.size, np.float32)
         departure = self.depart(values, travels=False)
-        self.exchange.mean_of_all(values, self.mass * departure.finite)
+        row = Header(0, 0, Phase.ASKING, 0, self.mass, departure.finite, 0.0, float("nan"), 0)
+        self.exchange.mean_of_all(values, row)
         return values

@@ -17,7 +17,7 @@ import numpy as np
 from hvdscale.runtime.channel import Channel
 from hvdscale.sync.exchange import Mean
 from hvdscale.sync.fragments import Fragment
-from hvdscale.sync.header import Float64s, Meeting, Phase
+from hvdscale.sync.header import Float64s, Header, Meeting, Phase
 from hvdscale.sync.peers import Permutation
 from hvdscale.sync.wire import parse_wire
 from hvdscale.update.outer import Float32s, blocks
@@ -88,10 +88,14 @@ class Neighbours:
     def factor(self, meeting: Meeting) -> np.float32:
         return np.float32(1)
 
-    def mean_of_all(self, values: Float32s, mass: float) -> None:
-        """Replace ``values`` by their mean over all ranks, in which this one has ``mass``. Collective."""
-        masses = self._channel.table(np.array([mass]))[:, 0]
-        self._mean.add_exactly(values, masses / masses.sum() if masses.sum() > 0 else masses)
+    def mean_of_all(self, values: Float32s, header: Header) -> None:
+        """Replace ``values`` by their mean over all ranks, in which this one weighs what ``header`` says. Collective.
+
+        Raises:
+            DesyncError: other ranks came to a round.
+        """
+        meeting = Meeting(self._channel.table(header.row()), self._channel.ranks)
+        self._mean.add_exactly(values, meeting.shares)
 
     def mass(self, meeting: Meeting) -> float:
         """How much this rank counts after the round."""

@@ -26,18 +26,33 @@ class Recovery:
         twin._warned = self._warned
         return twin
 
-    def come_back(self, step: int, moments: bool = True) -> None:
-        """This rank holds the others' weights again; ``moments``: its optimizer's must be forgotten."""
+    def come_back(self, step: int, voted: bool, moments: bool = True) -> None:
+        """This rank holds finite weights again. ``moments``: its optimizer's must be forgotten.
+
+        Args:
+            voted: they are those of other ranks; otherwise of the last round, because no rank had any.
+        """
         if moments:
             self._store.begin_anew()
             self.at = step
+        whose = "those of the other ranks" if voted else "the weights of the last round, because no rank had others"
+        self._warn(
+            step,
+            f"It goes on with {whose}, and its optimizer's moments begin anew; the steps it made since it was last "
+            "finite are lost.",
+        )
+
+    def give_up(self, step: int) -> None:
+        """No rank has finite weights, and none are kept."""
+        self._warn(step, "So did all ranks, and none keeps others: end the job, and go on from its last checkpoint.")
+
+    def _warn(self, step: int, outcome: str) -> None:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"Rank {self._rank} brought weights that are not finite to the round after step {step}. It goes on "
-                "with those of the other ranks, and its optimizer's moments begin anew; the steps it made since it was "
-                "last finite are lost. Look for what made its loss NaN or infinite: a batch, or too high a learning "
-                "rate. Later cases are only counted, in optimizer.sync.metrics()['not_finite'].",
+                f"Rank {self._rank} brought weights that are not finite to the round after step {step}. {outcome} Look "
+                "for what made its loss NaN or infinite: a batch, or too high a learning rate. Later cases are only "
+                "counted, in optimizer.sync.metrics()['not_finite'].",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )

@@ -7,6 +7,7 @@ nodes, a round of the node comes first, and only every so often one of all ranks
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -20,7 +21,7 @@ from hvdscale.sync.aside import Aside
 from hvdscale.sync.calendar import Calendar
 from hvdscale.sync.flight import Courier, Flight
 from hvdscale.sync.fragments import cut
-from hvdscale.sync.header import Header, Phase
+from hvdscale.sync.header import Header, Meeting, Phase
 from hvdscale.sync.hierarchical import Roads
 from hvdscale.sync.metrics import Metrics, Told
 from hvdscale.sync.node_round import NodeRounds
@@ -28,7 +29,7 @@ from hvdscale.sync.nodes import find_nodes
 from hvdscale.sync.part import Departure
 from hvdscale.sync.recovery import Recovery
 from hvdscale.sync.relaxed import Relaxed
-from hvdscale.sync.state import check_complete, check_origin, copy_into, origin
+from hvdscale.sync.state import check_complete, check_origin, copy_into, origin, reading
 from hvdscale.sync.tensors import Store
 from hvdscale.update.outer import Float32s
 
@@ -71,6 +72,7 @@ class Rounds:
         self._desk = np.empty(0 if plan.overlap and self._roads is None else max(f.size for f in fragments), np.float32)
         self._inside = None if self._roads is None else NodeRounds(plan, self._roads.rounds)
         self._begun = False
+        self._compared = False  # ranks know that all began with the same weights
         self._departures = 0
         self._told = Told()
         self._recovery = Recovery(store, channel.ranks[channel.rank])
@@ -196,6 +198,7 @@ class Rounds:
                 if name in known and known[name][slot].size == array.size:
                     array[:] = known[name][slot]
         twin.metrics, twin.step, twin._departures = self.metrics, self.step, self._departures
+        twin._compared = self._compared
         twin._sent_before_bytes, twin._recovery = self._sent_before_bytes, self._recovery.over(store)
         for part, before in zip(twin._parts, self._parts, strict=True):
             part.load_numbers(before.numbers())
@@ -250,6 +253,7 @@ class Rounds:
             "arrays": {name: array.copy() for name, array in arrays.items()},
         }
 
+    @reading()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state_dict()`` was called: from then on every bit is that of the uninterrupted run.
 
@@ -278,10 +282,21 @@ class Rounds:
         self._calendar.load(state["calendar"])
         self._told = Told([(loss, samples) for loss, samples in state["losses"]])
         self.step, self._begun, self._departures = state["step"], state["begun"], state["departures"]
+        self._compared = self._departures > 0
         self._recovery.at = state.get("anew", 0)  # not in states of older versions
         counted = dict(state["metrics"])
         self._sent_before_bytes += counted.pop("bytes_sent") - self.bytes_sent
         self.metrics = Metrics(**counted)
+
+    def _compare(self) -> None:
+        """Once, before the first round: all ranks began with the same weights."""
+        if self._compared:
+            return
+        self._compared = True
+        landmarks, squares = zip(*(part.landmark() for part in self._parts), strict=True)
+        finite = bool(np.isfinite(squares).all())
+        row = Header(0, 0, Phase.STARTING, self.step, sum(landmarks), finite, sum(squares), float("nan"), 0).row()
+        Meeting(self._channel.table(row), self._channel.ranks).check_start()
 
     def _meet(self, fragment: int) -> bool:
         """The round of a fragment whose turn has come. Returns whether weights changed already."""
@@ -298,6 +313,7 @@ class Rounds:
 
     def _meet_inside(self, fragment: int, phase: Phase = Phase.TRAINING) -> bool:
         """The round of this rank's node, where there are nodes. Returns whether one of its ranks is still training."""
+        self._compare()
         if self._inside is None:
             return False
         started = time.perf_counter()
@@ -308,7 +324,7 @@ class Rounds:
             header = self._header(fragment, phase, departure, asides, part.samples, float("nan"))
             meeting = self._inside.hold(part, header, departure, asides)
         if not departure.finite and meeting.shares.any():
-            self._come_back(fragment)
+            self._come_back(fragment, meeting)
         part.samples = 0.0
         self.metrics.not_finite += len(meeting.not_finite)
         self.metrics.node_rounds += 1
@@ -316,6 +332,7 @@ class Rounds:
         return not meeting.all_leave
 
     def _depart(self, fragment: int, phase: Phase = Phase.TRAINING) -> Flight:
+        self._compare()
         started = time.perf_counter()
         part, travels = self._parts[fragment], self.plan.overlap > 0 and phase is Phase.TRAINING
         out = np.empty(part.fragment.size, np.float32) if travels or not self._desk.size else self._desk
@@ -358,17 +375,26 @@ class Rounds:
             asides.append(Aside(self._store.moments(self._parts[fragment].fragment.positions)))
         return asides
 
-    def _come_back(self, fragment: int) -> None:
-        """This rank's weights of ``fragment`` were not finite and are those of the others now. So must the rest be."""
+    def _come_back(self, fragment: int, meeting: Meeting) -> None:
+        """This rank's weights of ``fragment`` were not finite, and are those of the others now. So must the rest be.
+
+        Where nobody had any, they are those of the last round again.
+        """
+        voted = bool(meeting.shares.any())
+        restored = voted
         for number, part in enumerate(self._parts):
-            if number == fragment or not part.restore():
+            if (voted and number == fragment) or not part.restore():
                 continue
+            restored = True
             if self.plan.state != "keep":
                 self._store.forget_moments(part.fragment.positions)
             for flight in self._flights:
                 if flight.fragment == number and flight.departure.weights is not None:
                     flight.departure.weights[:] = part.shared()  # it arrives as if it had left from there
-        self._recovery.come_back(self.step, moments=self.plan.state == "keep")
+        if restored:
+            self._recovery.come_back(self.step, voted, moments=self.plan.state == "keep" or not voted)
+        elif not meeting.finite.any():
+            self._recovery.give_up(self.step)
 
     def _land_due(self, everything: bool = False) -> bool:
         landing = [flight for flight in self._flights if everything or flight.lands_at <= self.step]
@@ -392,11 +418,11 @@ class Rounds:
             if self.plan.state == "reset":
                 self._store.forget_moments(part.fragment.positions)
             metrics.rounds += 1
-            metrics.loss = meeting.loss
+            metrics.loss = metrics.loss if math.isnan(meeting.loss) else meeting.loss  # of the last told
             metrics.distance, metrics.drift = found.distance, found.drift
-            if not flight.departure.finite:
-                self._come_back(flight.fragment)
+        if not flight.departure.finite:
+            self._come_back(flight.fragment, meeting)
         if settle:
             self._calendar.settle(flight.fragment, metrics.drift)
         metrics.seconds += time.perf_counter() - started
-        return voted
+        return voted or not flight.departure.finite

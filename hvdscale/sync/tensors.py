@@ -110,13 +110,11 @@ class NoTensors:
         return lambda: None
 
 
-def check_real(specs: Sequence[TensorSpec], what: str, otherwise: str) -> None:
-    """Raise PlanError at a tensor of complex numbers, whose imaginary part float32 loses.
-
-    Args:
-        what: sends real numbers.
-        otherwise: what to do instead.
-    """
+def check_real(specs: Sequence[TensorSpec], what: str) -> None:
+    """Raise PlanError at a tensor of complex numbers, whose imaginary part float32 loses. ``what`` sends real ones."""
     odd = next((spec for spec in specs if spec.dtype.startswith("complex")), None)
     if odd is not None:
-        raise PlanError(f"{what} sends real numbers, and {odd.name} is {odd.dtype}. {otherwise}")
+        raise PlanError(
+            f"{what} sends real numbers, as Horovod does, and {odd.name} is {odd.dtype}. Keep its real and imaginary "
+            "parts as parameters of their own, and make the complex ones of them in the model."
+        )

@@ -16,7 +16,7 @@ __all__ = ["Float32s", "Outer", "Slots", "blocks", "check_number"]
 Float32s = npt.NDArray[np.float32]
 Slots = Mapping[str, Float32s]
 
-_BLOCK = 1 << 17  # values at a time: a block and its temporaries stay in the cache, and calls cost little beside
+_BLOCK = 1 << 16  # values at a time: a block and its temporaries stay in the cache, and calls cost little beside
 
 
 class Outer(Protocol):

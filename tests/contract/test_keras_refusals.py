@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hvdscale.errors import DesyncError, PlanError
+from hvdscale.sync import EveryStep, LocalSGD
 from tests.contract import oracle
 from tests.contract.driver import ContractDriver
 from tests.contract.keras_reference import BACKEND, fit, network, own_batches
@@ -173,10 +174,11 @@ def test_a_variable_that_comes_late_is_refused(driver: ContractDriver) -> None:
 
 if BACKEND == "tensorflow":
 
-    def test_xla_is_refused(driver: ContractDriver) -> None:
+    @pytest.mark.parametrize("sync", [None, LocalSGD(2), EveryStep(wire="int8")], ids=lambda sync: type(sync).__name__)
+    def test_xla_is_refused(driver: ContractDriver, sync: Any) -> None:
         model = network(START)
-        optimizer = driver.hvd.DistributedOptimizer(SGD(0.1))
-        if driver.hvd.size() == 1:
+        optimizer = driver.hvd.DistributedOptimizer(SGD(0.1), model=model, sync=sync)
+        if driver.hvd.size() == 1 and not isinstance(sync, LocalSGD):
             fit(model, optimizer, own_batches(1), jit_compile=True)
             return
         with pytest.raises(PlanError, match="jit_compile=False"):

@@ -204,7 +204,8 @@ def test_metrics_count_rounds_and_bytes(driver: ContractDriver, rank: int, size:
     assert metrics["steps"] == STEPS
     assert metrics["loss"] == np.mean([8, 9, 10, 11])
     payload = 26 * 4
-    assert metrics["bytes_sent"] == 3 * (2 * (size - 1) * payload // size + (size - 1) * 72)
+    headers = 4 * (size - 1) * 72  # one before the first round
+    assert metrics["bytes_sent"] == 3 * (2 * (size - 1) * payload // size) + headers
     assert (metrics["drift"] > 0) == (size > 1)
 
 
@@ -213,6 +214,17 @@ def start_training(driver: ContractDriver, **arguments: Any) -> None:
     model = driver.model(initial_weights())
     optimizer = driver.distribute(driver.optimizer("sgd", model), model, **arguments)
     driver.train(model, optimizer, batches(1, 0))
+
+
+def test_ranks_that_begin_with_different_weights_are_told(driver: ContractDriver, rank: int, size: int) -> None:
+    """Nobody has made the first rank's weights everyone's."""
+    model = driver.model([w + np.float32(rank) for w in initial_weights()])
+    optimizer = driver.hvd.DistributedOptimizer(driver.optimizer("sgd", model), sync=LocalSGD(2))
+    if size == 1:
+        driver.train(model, optimizer, batches(2, rank))
+        return
+    with pytest.raises(driver.hvd.DesyncError, match=r"Ranks begin with different weights: .* Pass model="):
+        driver.train(model, optimizer, batches(2, rank))
 
 
 def test_ranks_with_different_plans_are_told(driver: ContractDriver, rank: int, size: int) -> None:

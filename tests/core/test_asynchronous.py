@@ -219,7 +219,7 @@ def test_a_step_of_no_samples_does_not_count() -> None:
 
 def test_complex_weights_are_refused() -> None:
     store = NumPyStore(NumPyTensors({"w": np.zeros(3, np.complex64)}))
-    with pytest.raises(PlanError, match="ParameterServer sends real numbers, and w is complex64"):
+    with pytest.raises(PlanError, match="ParameterServer sends real numbers, as Horovod does, and w is complex64"):
         Asynchronous(ParameterServer(1), store, lambda: open_post(SoloTransport()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -152,7 +153,7 @@ def test_bytes_do_not_grow_with_the_ranks(peers: str, messages: int) -> None:
     def body(transport: Transport) -> int:
         trainer = Trainer(Gossip(2, peers=peers), transport)
         trainer.train(8)
-        return trainer.rounds.bytes_sent - 4 * (transport.size - 1) * 72  # headers
+        return trainer.rounds.bytes_sent - 5 * (transport.size - 1) * 72  # headers, one before the first round
 
     assert on_ranks(4, body) == on_ranks(6, body)[:4] == [4 * messages * 49 * 4] * 4
 
@@ -166,6 +167,84 @@ def test_a_drift_target_says_the_same_on_every_rank() -> None:
     results = on_ranks(4, body)
     assert len(set(results)) == 1
     assert 2 <= results[0][0] < 30
+
+
+@pytest.mark.parametrize("peers", PEERS)
+@pytest.mark.parametrize("every", [drift_target(0.05, first=4), 3], ids=["drift", "every"])
+def test_resumed_with_weights_on_their_way_it_says_what_it_would_have_said(peers: str, every: Any) -> None:
+    plan = Gossip(every, peers=peers, overlap=2, fragments=2)
+
+    def interrupted(transport: Transport, stop: int | None) -> tuple[bytes, dict[str, float]]:
+        trainer = Trainer(plan, transport)
+        trainer.train(stop or 29)
+        if stop:
+            saved, resumed = trainer.rounds.state_dict(), Trainer(plan, transport)
+            for name, array in trainer.arrays.items():
+                resumed.arrays[name][...] = array
+            resumed.rounds.load_state_dict(saved)
+            trainer = resumed
+            trainer.train(29 - stop)
+        figures = trainer.rounds.figures()
+        return trainer.flat().tobytes(), {name: figures[name] for name in ("rounds", "drift", "distance")}
+
+    whole = on_ranks(3, lambda transport: interrupted(transport, None))
+    for stop in (5, 7, 10, 14, 15):
+        assert on_ranks(3, lambda transport, stop=stop: interrupted(transport, stop)) == whole
+
+
+@pytest.mark.parametrize(
+    ("plan", "steps", "spoilt"),
+    [
+        (Gossip(5, fragments=2, peers="exponential", overlap=3), (14, 0, 2), (0, 0)),
+        (Gossip(5, fragments=2, peers="ring", merge="mix:0.4", overlap=2), (6, 7, 13), (2, 9)),
+        (Gossip(4, fragments=3), (9, 3, 0), (0, 5)),
+    ],
+    ids=["exponential", "ring", "fragments"],
+)
+def test_a_flush_mends_a_rank_to_which_the_finished_gave_their_mass(
+    plan: Gossip, steps: tuple[int, ...], spoilt: tuple[int, int]
+) -> None:
+    def body(transport: Transport) -> np.ndarray:
+        trainer = Trainer(plan, transport)
+        for step in range(steps[transport.rank]):
+            if (transport.rank, step) == spoilt:
+                trainer.arrays["b"][0] = np.nan
+            trainer.train(1)
+        trainer.rounds.flush()
+        return trainer.flat()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        results = on_ranks(3, body)
+    for weights in results:
+        assert np.isfinite(weights).all()
+        np.testing.assert_array_equal(weights, results[0])
+
+
+def test_all_are_told_where_no_rank_has_finite_weights_any_more() -> None:
+    def body(transport: Transport) -> None:
+        trainer = Trainer(Gossip(2), transport)
+        trainer.train(1)
+        trainer.arrays["b"][0] = np.nan
+        trainer.train(5)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        on_ranks(2, body)
+    assert len([w for w in caught if "end the job, and go on from its last checkpoint" in str(w.message)]) == 2
+
+
+def test_a_rank_that_asks_for_the_mean_while_others_train_is_told_so() -> None:
+    def body(transport: Transport) -> None:
+        trainer = Trainer(Gossip(2), transport)
+        trainer.train(2)
+        if transport.rank == 1:
+            trainer.rounds.outer_weights()
+        trainer.train(2)
+
+    results = run_loopback(3, body)
+    assert all(isinstance(result, DesyncError) for result in results), results
+    assert "rank 1: round 0 of fragment 0, asking" in str(results[0])
 
 
 def test_ranks_at_different_rounds_are_told_so() -> None:

@@ -129,6 +129,7 @@ def test_a_resumed_run_goes_on_bit_equal(wire: str) -> None:
             average(before, gradient(transport.rank, step))
         after = GradientMean(plan, SPECS, TransportChannel(transport), messages=2)
         after.load_state_dict(before.state_dict())
+        assert after.metrics() == before.metrics()
         return np.stack([average(after, gradient(transport.rank, step)) for step in range(4, STEPS)])
 
     np.testing.assert_array_equal(np.stack(on_ranks(RANKS, body)), averaged(wire, messages=2)[:, 4:])

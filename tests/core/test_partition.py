@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hvdscale.errors import PlanError
@@ -26,6 +26,7 @@ def every_division(n: int, parts: int) -> list[list[int]]:
 
 
 @settings(max_examples=50, deadline=None)
+@example([(0, 0), (13, 0), (20, 0), (0, 1)], 3, "time", None)  # a node without weight behind a sum that rounds
 @given(
     st.lists(st.tuples(st.integers(0, 20), st.integers(0, 5)), min_size=1, max_size=9),
     st.integers(1, 4),

@@ -175,7 +175,7 @@ def test_samples_that_cannot_be_are_refused(samples: float) -> None:
 
 
 def test_complex_weights_are_refused() -> None:
-    with pytest.raises(PlanError, match="LocalSGD sends real numbers, and w is complex64"):
+    with pytest.raises(PlanError, match="LocalSGD sends real numbers, as Horovod does, and w is complex64"):
         Trainer(LocalSGD(4), SoloTransport(), dtype=np.complex64)
 
 
@@ -214,16 +214,80 @@ def test_a_rank_with_nan_does_not_vote_and_recovers_with_its_moments(plan: Relax
         assert (anew > 0) == (rank == 1 and plan.state == "keep")
 
 
-def test_when_no_rank_is_finite_nobody_moves() -> None:
-    def body(transport: Transport) -> np.ndarray:
-        trainer = Trainer(DiLoCo(2), transport)
+@pytest.mark.parametrize(
+    "plan", [DiLoCo(2), LocalSGD(2, overlap=1), LocalSGD(2, fragments=2), LocalSGD(2, state="average")], ids=str
+)
+def test_when_no_rank_is_finite_all_go_back_to_the_last_round(plan: Relaxed) -> None:
+    def body(transport: Transport) -> tuple[np.ndarray, np.ndarray]:
+        trainer = Trainer(plan, transport, momentum=0.5)
         trainer.train(1)
-        trainer.arrays["b"][:] = np.inf
-        trainer.rounds.after_step()
-        return np.concatenate([w.ravel() for w in trainer.rounds.outer_weights()])
+        for array in trainer.arrays.values():
+            array.flat[0] = np.inf
+        for velocity in trainer.velocity.values():
+            velocity[:] = np.nan
+        trainer.rounds.flush()
+        shared = np.concatenate([w.ravel() for w in trainer.rounds.outer_weights()])
+        assert all(not velocity.any() for velocity in trainer.velocity.values())
+        return shared, trainer.flat()
 
-    for anchor in on_ranks(2, body):
-        np.testing.assert_array_equal(anchor, start().astype(np.float32))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        results = on_ranks(2, body)
+    assert sum("the weights of the last round, because no rank had others" in str(w.message) for w in caught) == 2
+    for shared, weights in results:
+        if plan.fragments == 1:  # of two, one met before
+            np.testing.assert_array_equal(shared, start().astype(np.float32))
+        np.testing.assert_array_equal(weights, shared)
+        np.testing.assert_array_equal(weights, results[0][1])
+        assert np.isfinite(weights).all()
+
+
+@pytest.mark.parametrize("plan", [LocalSGD(3), DiLoCo(4, overlap=2), LocalSGD(2, groups="node", across=2)], ids=str)
+@pytest.mark.parametrize("joins", [False, True], ids=["trains", "has no data"])
+def test_ranks_that_begin_with_different_weights_are_told_so(plan: Relaxed, joins: bool) -> None:
+    def body(transport: Transport) -> None:
+        trainer = Trainer(plan, transport)
+        trainer.arrays["v"] += transport.rank == 2
+        trainer.train(0 if joins and transport.rank == 2 else 9)
+        trainer.rounds.flush()
+
+    results = run_loopback(4, body)
+    assert all(isinstance(result, DesyncError) for result in results), results
+    assert "different weights: those of rank 2 are not those of rank 0" in str(results[0])
+    assert len({str(result) for result in results}) == 1
+
+
+def test_last_bits_that_a_warm_up_left_apart_are_none_of_a_difference() -> None:
+    def body(transport: Transport) -> None:
+        trainer = Trainer(LocalSGD(2), transport)
+        trainer.arrays["v"] *= np.float32(1 + 1e-7 * transport.rank)
+        trainer.train(4)
+
+    on_ranks(3, body)
+
+
+def test_weights_that_a_warm_up_spoilt_are_no_beginning() -> None:
+    def body(transport: Transport) -> None:
+        trainer = Trainer(LocalSGD(2, warmup=2), transport)
+        trainer.arrays["v"] *= np.nan if transport.rank == 1 else 1
+        trainer.train(6)
+
+    results = run_loopback(2, body)
+    assert all(isinstance(result, PlanError) for result in results), results
+    assert "Weights are not finite before the first round, on rank 0, 1" in str(results[0])
+
+
+@pytest.mark.parametrize("fragments", [1, 2, 3])
+def test_the_last_loss_that_was_told_stays(fragments: int) -> None:
+    def body(transport: Transport) -> float:
+        trainer = Trainer(LocalSGD(4, fragments=fragments), transport)
+        for step in range(8):
+            trainer.rounds.tell(float(step + transport.rank))
+            trainer.train(1)
+        trainer.rounds.flush()
+        return trainer.rounds.metrics.loss
+
+    assert on_ranks(2, body) == [np.mean(np.arange(8)[-(4 // fragments) :]) + 0.5] * 2
 
 
 def test_ranks_at_different_rounds_are_told_so() -> None:
@@ -281,8 +345,13 @@ def test_killed_at_any_step_and_resumed_is_bit_equal_to_uninterrupted(plan: Rela
         (lambda state: {**state, "tensors": state["tensors"][1:]}, r"tensors is \['b', \[7\], 'float32'\], here"),
         (lambda state: {**state, "arrays": {}}, "array '0.anchor' of shape \\(49,\\); it is not there"),
         (lambda state: {n: v for n, v in state.items() if n not in ("step", "parts")}, "lacks step, parts"),
+        (lambda state: {**state, "tensors": state["tensors"][:1]}, "its number of tensors is 1, here it is 3"),
+        (lambda state: {**state, "parts": []}, "damaged .IndexError"),
+        (lambda state: {**state, "calendar": {}}, "damaged .KeyError: 'due'"),
+        (lambda state: {**state, "metrics": {}}, "damaged .KeyError: 'bytes_sent'"),
+        (lambda state: None, "damaged .AttributeError"),
     ],
-    ids=["rank", "format", "plan", "tensors", "arrays", "parts"],
+    ids=["rank", "format", "plan", "tensors", "arrays", "parts", "count", "list", "calendar", "metrics", "nothing"],
 )
 def test_the_state_of_other_rounds_is_refused(change: Callable[[Any], Any], rule: str) -> None:
     trainer = Trainer(LocalSGD(4), SoloTransport())
