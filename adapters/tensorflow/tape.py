@@ -64,7 +64,7 @@ class DistributedGradientTape(tf.GradientTape):
     ) -> None:
         if sync not in (None, EveryStep()):
             raise PlanError(
-                f"A tape averages every gradient it is asked for, as they are: {sync!r} is for an optimizer. Give it to "
+                f"A tape averages each gradient that it is asked for, as it is; {sync!r} is for optimizers. Give it to "
                 "hvd.DistributedOptimizer(optimizer, sync=...), and the gradients of a plain tape to that."
             )
         if isinstance(gradtape, DistributedGradientTape):

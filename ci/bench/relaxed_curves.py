@@ -7,8 +7,8 @@
 
 A curve depends on no link, so it may be made on a busy machine. Every way reads the same batches, starts from the
 same weights and trains with AdamW, its learning rate rising over 40 steps and falling by a cosine over 360. Settings of
-AdamW are those in ``relaxed_plans``; ``--lr``, ``--beta1``, ``--eps`` and ``--horizon``, where the cosine ends, try others,
-and are named in the record.
+AdamW are those in ``relaxed_plans``; ``--lr``, ``--beta1``, ``--eps`` and ``--horizon`` (the end of the cosine) try
+others, and are named in the record.
 """
 
 from __future__ import annotations

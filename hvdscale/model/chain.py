@@ -8,7 +8,6 @@ sliding windows takes the one that cuts the fewest bytes.
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -82,7 +81,7 @@ def _ends(prefix: Float64s, reach: Int64s, limit: float) -> Int64s:
     return np.minimum(_furthest(prefix, prefix[:-1], limit), reach)
 
 
-def _furthest(prefix: Float64s, begun: Any, limit: float) -> Any:
+def _furthest(prefix: Float64s, begun: Float64s, limit: float) -> Int64s:
     """The last boundary that lies at most ``limit`` after each of ``begun``, which are values of ``prefix``."""
     ends = np.searchsorted(prefix, begun + limit, side="right") - 1
     # A sum may round to the other side of the limit than the difference that is meant. Before and after nodes without
@@ -90,14 +89,15 @@ def _furthest(prefix: Float64s, begun: Any, limit: float) -> Any:
     before = np.searchsorted(prefix, prefix[ends], side="left") - 1
     ends = np.where(prefix[ends] - begun > limit, before, ends)
     following = prefix[np.minimum(ends + 1, len(prefix) - 1)]
-    return np.where(following - begun <= limit, np.searchsorted(prefix, following, side="right") - 1, ends)
+    fits = following - begun <= limit
+    return np.asarray(np.where(fits, np.searchsorted(prefix, following, side="right") - 1, ends), np.int64)
 
 
 def _fits(prefix: Float64s, reach: Int64s, parts: int, limit: float) -> bool:
     """Whether at most ``parts`` parts of at most ``limit`` are enough: each taken as long as it can be."""
     n, start = len(reach), 0
     for _ in range(parts):
-        end = min(int(_furthest(prefix, prefix[start], limit)), int(reach[start]))
+        end = min(int(_furthest(prefix, prefix[start : start + 1], limit)[0]), int(reach[start]))
         if end >= n:
             return True
         if end <= start:

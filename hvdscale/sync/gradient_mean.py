@@ -59,7 +59,7 @@ class GradientMean:
         self._courier = Courier(channel, beside)
         self._sent = [0] * len(self.fragments)
         self._seconds = 0.0
-        self._sent_before_bytes = 0  # by the run that this one resumes
+        self._sent_before_bytes = 0.0  # by the run that this one resumes
         told = [(spec.name, spec.shape, spec.role) for spec in self._specs]
         self._digest = zlib.crc32(repr((told, messages)).encode())
 
