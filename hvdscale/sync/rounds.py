@@ -72,7 +72,6 @@ class Rounds:
         self._desk = np.empty(0 if plan.overlap and self._roads is None else max(f.size for f in fragments), np.float32)
         self._inside = None if self._roads is None else NodeRounds(plan, self._roads.rounds)
         self._begun = False
-        self._compared = False  # ranks know that all began with the same weights
         self._departures = 0
         self._told = Told()
         self._recovery = Recovery(store, channel.ranks[channel.rank])
@@ -122,11 +121,17 @@ class Rounds:
         return bool(self._calendar.due(step)) or any(flight.lands_at <= step for flight in self._flights)
 
     def before_step(self) -> None:
-        """The weights, if no rank has trained alone yet, are the anchor."""
+        """The weights, if no rank has trained alone yet, are the anchor. The first time is collective.
+
+        Raises:
+            DesyncError: ranks begin with different weights.
+            PlanError: with weights that are not finite.
+        """
         if not self._begun and not self.warming_up:
             self._begun = True
             for part in self._parts:
                 part.begin()
+            self._compare()
 
     def after_step(self) -> bool:
         """Count one step, attempted or made, and hold the rounds that are due. Returns whether weights changed.
@@ -198,7 +203,6 @@ class Rounds:
                 if name in known and known[name][slot].size == array.size:
                     array[:] = known[name][slot]
         twin.metrics, twin.step, twin._departures = self.metrics, self.step, self._departures
-        twin._compared = self._compared
         twin._sent_before_bytes, twin._recovery = self._sent_before_bytes, self._recovery.over(store)
         for part, before in zip(twin._parts, self._parts, strict=True):
             part.load_numbers(before.numbers())
@@ -282,17 +286,13 @@ class Rounds:
         self._calendar.load(state["calendar"])
         self._told = Told([(loss, samples) for loss, samples in state["losses"]])
         self.step, self._begun, self._departures = state["step"], state["begun"], state["departures"]
-        self._compared = self._departures > 0
         self._recovery.at = state.get("anew", 0)  # not in states of older versions
         counted = dict(state["metrics"])
         self._sent_before_bytes += counted.pop("bytes_sent") - self.bytes_sent
         self.metrics = Metrics(**counted)
 
     def _compare(self) -> None:
-        """Once, before the first round: all ranks began with the same weights."""
-        if self._compared:
-            return
-        self._compared = True
+        """All ranks begin with the same weights."""
         landmarks, squares = zip(*(part.landmark() for part in self._parts), strict=True)
         finite = bool(np.isfinite(squares).all())
         row = Header(0, 0, Phase.STARTING, self.step, sum(landmarks), finite, sum(squares), float("nan"), 0).row()
@@ -313,7 +313,6 @@ class Rounds:
 
     def _meet_inside(self, fragment: int, phase: Phase = Phase.TRAINING) -> bool:
         """The round of this rank's node, where there are nodes. Returns whether one of its ranks is still training."""
-        self._compare()
         if self._inside is None:
             return False
         started = time.perf_counter()
@@ -332,7 +331,6 @@ class Rounds:
         return not meeting.all_leave
 
     def _depart(self, fragment: int, phase: Phase = Phase.TRAINING) -> Flight:
-        self._compare()
         started = time.perf_counter()
         part, travels = self._parts[fragment], self.plan.overlap > 0 and phase is Phase.TRAINING
         out = np.empty(part.fragment.size, np.float32) if travels or not self._desk.size else self._desk

@@ -219,7 +219,7 @@ def start_training(driver: ContractDriver, **arguments: Any) -> None:
 def test_ranks_that_begin_with_different_weights_are_told(driver: ContractDriver, rank: int, size: int) -> None:
     """Nobody has made the first rank's weights everyone's."""
     model = driver.model([w + np.float32(rank) for w in initial_weights()])
-    optimizer = driver.hvd.DistributedOptimizer(driver.optimizer("sgd", model), sync=LocalSGD(2))
+    optimizer = driver.distribute(driver.optimizer("sgd", model), None, sync=LocalSGD(2))
     if size == 1:
         driver.train(model, optimizer, batches(2, rank))
         return
