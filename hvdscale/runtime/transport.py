@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from hvdscale.errors import TransportError
-from hvdscale.runtime.waiting import pauses
+from hvdscale.runtime.waiting import Stall, pauses
 
 __all__ = [
     "LAST_TAG",
@@ -260,11 +260,14 @@ class MPITransport:
 
     def _wait_for_peers(self, request: Any) -> None:
         """Where ranks meet, the first waits for the last, which may need its core."""
+        stall = Stall(self.ranks[self.rank])
         if self._pause_seconds:
-            self.wait(request)
+            while not request.Test():
+                stall.look()
+                time.sleep(self._pause_seconds)
         else:
             for _ in pauses(request.Test):
-                pass
+                stall.look()
 
     def who_left(self, patience_seconds: float) -> tuple[int, ...]:
         if self._gone or self._closed:

@@ -95,3 +95,22 @@ def test_ranks_that_end_one_after_the_other_are_no_failure(name: str, body: str)
     finished = launch(["-c", script(body, "pass") + "time.sleep(2 * (hvd.rank() == 0))"], deadline_seconds=120)
     assert finished.check().count("a rank went on") == 2
     assert "left the job" not in finished.output
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_a_rank_that_waits_long_for_the_others_says_so(overlap: int) -> None:
+    """In a round, and in the thread beside training in which a fragment travels."""
+    body = f"""
+import time, torch, hvdscale.torch as hvd
+hvd.init()
+model = torch.nn.Linear(3, 3)
+plan = hvd.LocalSGD(2, overlap={overlap})
+optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), 0.1), model=model, sync=plan)
+for step in range(5):
+    time.sleep(6 * (hvd.rank() == 1 and step == 1))
+    optimizer.step()
+optimizer.sync.flush()
+"""
+    output = launch(["-c", body], env={"HOROVOD_STALL_CHECK_TIME_SECONDS": "2"}, deadline_seconds=120).check()
+    assert output.count("Rank 0 has waited 2 s for all ranks to make the same call") == 1
+    assert "Rank 1 has waited" not in output
