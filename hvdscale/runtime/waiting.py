@@ -49,7 +49,7 @@ class Stall:
         self._until = float("inf")
         sys.stderr.write(
             f"Rank {self._rank} has waited {self._seconds:g} s for all ranks to make the same call. One is slow, "
-            "stands still, or waits in another one: hvd.join() and all-reduces of a script do not meet the rounds of a plan. "
+            "stands still, or waits in another: hvd.join() and all-reduces of a script do not meet a plan's rounds. "
             "A rank that has run out of data calls optimizer.sync.flush().\n"
         )
         sys.stderr.flush()
