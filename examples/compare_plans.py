@@ -120,9 +120,8 @@ def draw(path: str, curves: list[Curve]) -> None:
         axes.set(xlabel=name)
         axes.grid(alpha=0.3)
     if any(curve.sent_bytes[-1] for curve in curves):  # more than one rank
-        panels[2].set_xscale(
-            "log", nonpositive="mask"
-        )  # before the first round a rank has sent nothing: no place for that
+        # Before the first round a rank has sent nothing: there is no place for that.
+        panels[2].set_xscale("log", nonpositive="mask")
     panels[0].set_ylabel("held-out loss (nats per token)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center")
     figure.savefig(path, dpi=110)
@@ -130,10 +129,10 @@ def draw(path: str, curves: list[Curve]) -> None:
 
 def main() -> None:
     flags = parse_flags(__doc__, extend=add_flags, one_run=False)
-    hvd.init()
     plans = flags.plans or list(PLANS)
-    for text in plans:
-        read_plan(text)  # what cannot be is said before the first of them has run
+    # What cannot be is said before the first of them has run.
+    in_groups = [getattr(read_plan(text), "groups", "world") != "world" for text in plans]
+    hvd.init(process_sets="dynamic" if any(in_groups) else None)
     share = load_together(flags, hvd.rank(), hvd.size(), mean_of_ranks)
     curves = []
     for text in plans:

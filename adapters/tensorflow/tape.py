@@ -64,8 +64,9 @@ class DistributedGradientTape(tf.GradientTape):
     ) -> None:
         if sync not in (None, EveryStep()):
             raise PlanError(
-                f"A tape averages each gradient that it is asked for, as it is; {sync!r} is for optimizers. Give it to "
-                "hvd.DistributedOptimizer(optimizer, sync=...), and the gradients of a plain tape to that."
+                "sync takes EveryStep() on a tape, which averages each gradient that it is asked for, as it is; "
+                f"{sync!r} is for optimizers. Give it to hvd.DistributedOptimizer(optimizer, sync=...), and the "
+                "gradients of a plain tape to that."
             )
         if isinstance(gradtape, DistributedGradientTape):
             raise PlanError("This tape is distributed already: its gradients would be reduced twice. Wrap it once.")

@@ -261,13 +261,8 @@ class MPITransport:
     def _wait_for_peers(self, request: Any) -> None:
         """Where ranks meet, the first waits for the last, which may need its core."""
         stall = Stall(self.ranks[self.rank])
-        if self._pause_seconds:
-            while not request.Test():
-                stall.look()
-                time.sleep(self._pause_seconds)
-        else:
-            for _ in pauses(request.Test):
-                stall.look()
+        for _ in pauses(request.Test, self._pause_seconds):
+            stall.look()
 
     def who_left(self, patience_seconds: float) -> tuple[int, ...]:
         if self._gone or self._closed:

@@ -18,29 +18,33 @@ _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.00005, 0.001
 _PAUSE_PER_WAIT = 1 / 64
 
 
-def pauses(done: Callable[[], bool]) -> Iterator[int]:
-    """Wait until ``done()``. Before each pause the caller gets its number, from 1, to see to other things."""
+def pauses(done: Callable[[], bool], pause_seconds: float = 0.0) -> Iterator[int]:
+    """Wait until ``done()``. Before each pause the caller gets its number, from 1, to see to other things.
+
+    ``pause_seconds``: from the first look on, instead of pauses that grow.
+    """
     began = time.monotonic()
     number = 0
     while not done():
         waited = time.monotonic() - began
-        if waited > _SPIN_SECONDS:
+        if waited > _SPIN_SECONDS or pause_seconds:
             number += 1
             yield number
-            time.sleep(min(max(waited * _PAUSE_PER_WAIT, _SHORTEST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS))
+            growing = min(max(waited * _PAUSE_PER_WAIT, _SHORTEST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)
+            time.sleep(pause_seconds or growing)
 
 
 class Stall:
     """Says on standard error, once, that a wait for other ranks lasts.
 
-    Horovod's settings hold: HOROVOD_STALL_CHECK_TIME_SECONDS (60), HOROVOD_STALL_CHECK_DISABLE.
+    Horovod's settings hold: HOROVOD_STALL_CHECK_TIME_SECONDS (60 where it is no number), HOROVOD_STALL_CHECK_DISABLE.
     """
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
-        off = os.environ.get("HOROVOD_STALL_CHECK_DISABLE", "0") not in ("", "0")
-        self._seconds = float("inf") if off else float(os.environ.get("HOROVOD_STALL_CHECK_TIME_SECONDS", 60))
-        self._until = time.monotonic() + self._seconds
+        self._seconds = _number("HOROVOD_STALL_CHECK_TIME_SECONDS", 60.0)
+        off = _number("HOROVOD_STALL_CHECK_DISABLE", 0.0) > 0
+        self._until = float("inf") if off else time.monotonic() + self._seconds
 
     def look(self) -> None:
         """To be called again and again while the wait lasts."""
@@ -49,7 +53,13 @@ class Stall:
         self._until = float("inf")
         sys.stderr.write(
             f"Rank {self._rank} has waited {self._seconds:g} s for all ranks to make the same call. One is slow, "
-            "stands still, or waits in another: hvd.join() and all-reduces of a script do not meet a plan's rounds. "
-            "A rank that has run out of data calls optimizer.sync.flush().\n"
+            "stands still, or waits in a call that does not meet it, such as hvd.join() where others meet in rounds.\n"
         )
         sys.stderr.flush()
+
+
+def _number(name: str, otherwise: float) -> float:
+    try:
+        return float(os.environ.get(name, otherwise))
+    except ValueError:
+        return otherwise

@@ -9,7 +9,7 @@ import numpy as np
 from hvdscale.sync.exchange import Exchange
 from hvdscale.sync.fragments import Fragment
 from hvdscale.sync.header import Meeting, Phase
-from hvdscale.sync.part import Departure, Found, Part, Run, landmark, square_in_float64
+from hvdscale.sync.part import Departure, Found, Part, Run, probe, square_in_float64
 from hvdscale.sync.tensors import Tensors
 from hvdscale.update import Outer
 from hvdscale.update.outer import Float32s
@@ -50,8 +50,8 @@ class Anchored(Part):
     def weight(self, phase: Phase) -> float:
         return self.since
 
-    def landmark(self) -> tuple[float, float]:
-        return landmark(self.anchor)
+    def probe(self, resumed: bool) -> tuple[float, float]:
+        return probe(self.anchor)
 
     def depart(self, out: Float32s, travels: bool) -> Departure:
         weights = np.empty_like(out) if travels or self._mixing < 1 else None

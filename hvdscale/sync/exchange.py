@@ -8,7 +8,7 @@ import numpy as np
 
 from hvdscale.runtime.channel import Channel
 from hvdscale.sync.fragments import Fragment
-from hvdscale.sync.header import Float64s, Meeting
+from hvdscale.sync.header import Float64s, Meeting, shares_of
 from hvdscale.sync.wire import Codec
 from hvdscale.update.outer import Float32s
 
@@ -26,8 +26,8 @@ class Exchange(Protocol):
         """Replace ``values``, float32[n] and finite, by the ranks' mean, in the wire format of the plan."""
         ...
 
-    def beside(self, values: Float32s, meeting: Meeting) -> None:
-        """The same of any float32 vector, in float32; a rank without a vote may bring NaN."""
+    def beside(self, values: Float32s, meeting: Meeting, votes: Float64s) -> None:
+        """The same of any float32 vector, in float32, with ``votes``, float64[ranks]; a rank without may bring NaN."""
         ...
 
     def factor(self, meeting: Meeting) -> np.float32:
@@ -60,8 +60,8 @@ class Mean:
         else:
             self.add(values, meeting.shares)
 
-    def beside(self, values: Float32s, meeting: Meeting) -> None:
-        self.add_exactly(values, meeting.shares)
+    def beside(self, values: Float32s, meeting: Meeting, votes: Float64s) -> None:
+        self.add_exactly(values, shares_of(votes))
 
     def factor(self, meeting: Meeting) -> np.float32:
         return np.float32(meeting.shares[0] if self._equal(meeting.shares) else 1)

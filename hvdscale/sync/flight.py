@@ -84,8 +84,8 @@ class Courier:
             if meeting.shares.any() and not meeting.all_leave:
                 with timeline.travel("transfer", round=header.round, fragment=header.fragment):
                     part.exchange(departure.values, meeting)
-                    for aside in asides:
-                        part.exchange.beside(aside.values, meeting)
+                    for aside in asides if meeting.beside_votes.any() else ():
+                        part.exchange.beside(aside.values, meeting, meeting.beside_votes)
             return meeting
 
         return self.run(travel)

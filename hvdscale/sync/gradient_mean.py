@@ -59,7 +59,7 @@ class GradientMean:
         self._courier = Courier(channel, beside)
         self._sent = [0] * len(self.fragments)
         self._seconds = 0.0
-        self._sent_before_bytes = 0.0  # by the run that this one resumes
+        self._sent_before_bytes = 0  # by the run that this one resumes
         told = [(spec.name, spec.shape, spec.role) for spec in self._specs]
         self._digest = zlib.crc32(repr((told, messages)).encode())
 
@@ -151,7 +151,7 @@ class GradientMean:
         self._sent = [int(state["sent"][0])] * len(self._sent)
         before = state.get("metrics") or self.metrics()  # not in states of older versions
         self._seconds = before["seconds"]
-        self._sent_before_bytes += before["bytes_sent"] - self.metrics()["bytes_sent"]
+        self._sent_before_bytes += int(before["bytes_sent"] - self.metrics()["bytes_sent"])
 
     def _arrays(self) -> dict[str, Float32s]:
         return {

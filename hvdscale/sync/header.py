@@ -11,10 +11,11 @@ import numpy.typing as npt
 
 from hvdscale.errors import DesyncError, PlanError
 
-__all__ = ["Header", "Meeting", "Phase"]
+__all__ = ["LEAST", "Header", "Meeting", "Phase", "shares_of"]
 
 Float64s = npt.NDArray[np.float64]
 
+LEAST = 1e-300  # the weight of a rank with nothing to say: others' counts, unless none of them is finite
 _SAME = 1e-5  # of the weights' norm: averaged gradients of a warm-up may differ in last bits between processors
 
 
@@ -38,12 +39,12 @@ class Header:
         phase: where this rank is.
         step: steps it has made.
         weight: samples (or steps, if nobody counts) since its last round of the fragment, a finished rank's is 0; or
-            its mass among neighbours. Before the first round: the landmark of its weights.
+            its mass among neighbours. At the start: the probe of its weights.
         finite: its weights hold no NaN and no infinity.
         square: sum of squares of the pseudo-gradient; among neighbours, how far apart they were the round before.
-            Before the first round: of the weights.
-        loss: mean training loss since the last round; NaN if it was not told.
-        beside: values of buffers and moments that are averaged beside the weights.
+            At the start: of the weights.
+        loss: mean training loss since the last round; NaN if it was not told, infinite if it was not finite.
+        beside: values of buffers and moments that are averaged beside the weights; below 0 if they are not finite.
     """
 
     round: int
@@ -74,7 +75,7 @@ class Meeting:
 
     def __post_init__(self) -> None:
         rounds, fragments, phases, steps = self.table[:, :4].T.astype(int)
-        beside = self.table[:, 8].astype(int)
+        beside = np.abs(self.table[:, 8]).astype(int)
         training = steps[phases == Phase.TRAINING]
         mixed = set(phases) - {Phase.TRAINING, Phase.LEAVING} if len(set(phases)) > 1 else ()
         if max(map(len, map(set, (rounds, fragments, training)))) > 1 or mixed:
@@ -97,7 +98,7 @@ class Meeting:
             )
 
     def check_start(self) -> None:
-        """Raise DesyncError where ranks hold different weights before the first round, PlanError where none are finite.
+        """Raise DesyncError where ranks start from different weights, PlanError where one's are not finite.
 
         The same text on every rank.
         """
@@ -107,12 +108,8 @@ class Meeting:
                 "is nothing yet to go back to. If a warm-up led there, look for what made the loss NaN or infinite: a "
                 "batch, or too high a learning rate."
             )
-        landmarks, norm = self.table[:, 4], float(np.sqrt(self.table[:, 6].max()))
-        apart = [
-            rank
-            for rank, landmark in zip(self.ranks, landmarks, strict=True)
-            if abs(landmark - landmarks[0]) > _SAME * norm
-        ]
+        probes, norm = self.table[:, 4], float(np.sqrt(self.table[:, 6].max()))
+        apart = [rank for rank, probe in zip(self.ranks, probes, strict=True) if abs(probe - probes[0]) > _SAME * norm]
         if apart:
             raise DesyncError(
                 f"Ranks begin with different weights: those of rank {', '.join(map(str, apart))} are not those of rank "
@@ -155,10 +152,15 @@ class Meeting:
         return int(self.table[:, 3].max())
 
     @property
+    def beside_votes(self) -> Float64s:
+        """float64[ranks]: the same in what is averaged beside the weights."""
+        return self.votes * (self.table[:, 8] >= 0)
+
+    @property
     def shares(self) -> Float64s:
         """float64[ranks]: each rank's share of the mean, summing to 1, or all 0 when nobody has anything to say."""
-        votes = self.votes
-        return votes / votes.sum() if votes.sum() > 0 else np.zeros_like(votes)
+        silent = self.finite.all() and (self.votes <= LEAST).all()
+        return np.zeros(len(self.votes)) if silent else shares_of(self.votes)
 
     @property
     def not_finite(self) -> list[int]:
@@ -172,7 +174,15 @@ class Meeting:
 
     @property
     def loss(self) -> float:
-        """The mean loss over the samples of all ranks that told theirs; NaN if none did."""
-        told = np.isfinite(self.table[:, 7]) & (self.table[:, 4] > 0)
-        weights = self.table[told, 4]
-        return float(np.average(self.table[told, 7], weights=weights)) if told.any() else float("nan")
+        """The mean loss over the samples of all ranks that told a finite one; infinite if all were not; NaN if none
+        told any."""
+        told = ~np.isnan(self.table[:, 7]) & (self.table[:, 4] > 0)
+        finite = told & np.isfinite(self.table[:, 7])
+        if finite.any():
+            return float(np.average(self.table[finite, 7], weights=self.table[finite, 4]))
+        return float("inf") if told.any() else float("nan")
+
+
+def shares_of(votes: Float64s) -> Float64s:
+    """float64[ranks]: ``votes`` in parts of their sum; all 0 where nobody votes."""
+    return votes / votes.sum() if votes.sum() > 0 else np.zeros_like(votes)

@@ -13,7 +13,7 @@ import numpy as np
 from hvdscale.runtime.channel import Channel
 from hvdscale.sync.exchange import Mean
 from hvdscale.sync.fragments import Fragment
-from hvdscale.sync.header import Meeting
+from hvdscale.sync.header import Float64s, Meeting, shares_of
 from hvdscale.sync.nodes import Nodes
 from hvdscale.sync.wire import Codec
 from hvdscale.update.outer import Float32s
@@ -56,9 +56,9 @@ class Hierarchical:
             self._mean.add(values, self._roads.nodes.sums(meeting.shares))
         self._tell(values)
 
-    def beside(self, values: Float32s, meeting: Meeting) -> None:
+    def beside(self, values: Float32s, meeting: Meeting, votes: Float64s) -> None:
         if self._mean is not None:
-            self._mean.add_exactly(values, self._roads.nodes.sums(meeting.shares))
+            self._mean.add_exactly(values, self._roads.nodes.sums(shares_of(votes)))
         self._tell(values)
 
     def factor(self, meeting: Meeting) -> np.float32:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from hvdscale.errors import PlanError
@@ -21,7 +22,8 @@ class Metrics:
             relative to the norm of the shared weights. Among the peers of a gossip: from the peers' mean, and at the
             round before.
         distance: the same mean squared distance (consensus distance), not divided by anything.
-        loss: mean training loss of all ranks over the last period, weighted by samples; NaN if nobody told it.
+        loss: mean training loss of all ranks over the last period of which it was told, weighted by samples; NaN if
+            it never was, infinite if none was finite.
         not_finite: votes withheld because a rank's weights were not finite, over all rounds and ranks.
     """
 
@@ -50,7 +52,7 @@ class Told:
         """
         try:
             loss = float(loss)
-        except (TypeError, ValueError, NotImplementedError):
+        except (TypeError, ValueError, RuntimeError):
             raise PlanError(
                 f"optimizer.sync.tell(loss) takes a number, and {type(loss).__name__} is none, or none yet: inside a "
                 "compiled step there are no values. Tell it of what the step returned, before the next one."
@@ -71,6 +73,7 @@ class Told:
 
     @property
     def loss(self) -> float:
-        """The mean, weighted by samples; NaN if there was none."""
+        """The mean, weighted by samples; NaN if there was none, infinite if it is not finite."""
         told = sum(samples for _, samples in self.losses)
-        return sum(loss * samples for loss, samples in self.losses) / told if told else float("nan")
+        mean = sum(loss * samples for loss, samples in self.losses) / told if told else float("nan")
+        return mean if math.isfinite(mean) or not told else float("inf")

@@ -30,7 +30,7 @@ class NodeRounds:
             exchange = self._plan.by_row(part.fragment, self._mean)
             exchange(departure.values, meeting)
             part.take(departure.values, exchange.factor(meeting))
-            for aside in asides:
-                self._mean.beside(aside.values, meeting)
+            for aside in asides if meeting.beside_votes.any() else ():
+                self._mean.beside(aside.values, meeting, meeting.beside_votes)
                 aside.arrive()
         return meeting

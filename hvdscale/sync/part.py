@@ -18,7 +18,7 @@ from hvdscale.sync.header import Meeting, Phase
 from hvdscale.sync.tensors import Tensors
 from hvdscale.update.outer import Float32s, blocks
 
-__all__ = ["Departure", "Found", "Part", "landmark", "square_in_float64"]
+__all__ = ["Departure", "Found", "Part", "probe", "square_in_float64"]
 
 
 _RUN = 1 << 16  # values copied at once, at least: calls of a framework cost, too
@@ -103,10 +103,11 @@ class Part(ABC):
     def weight(self, phase: Phase) -> float:
         """How much what this rank has to say counts."""
 
-    def landmark(self) -> tuple[float, float]:
-        """Before the first round: a sum over the weights ranks begin with, which tells those of other ranks apart, and
-        their square."""
-        return 0.0, 0.0
+    def probe(self, resumed: bool) -> tuple[float, float]:
+        """A number that other shared weights do not have, and their square; ``resumed``: ranks have trained since."""
+        values = np.empty(self.fragment.size, np.float32)
+        self.read(values)
+        return probe(values)
 
     @abstractmethod
     def depart(self, out: Float32s, travels: bool) -> Departure:
@@ -206,12 +207,12 @@ def square_in_float64(values: Float32s) -> float:
     return sum(float(np.sum(np.square(values[block], dtype=np.float64))) for block in blocks(values.size))
 
 
-def landmark(values: Float32s) -> tuple[float, float]:
-    """A sum over float32[n] with weights of its own, and the sum of squares: of another vector they are others."""
-    weights = np.random.default_rng(0).standard_normal(_RUN, np.float32)
+def probe(values: Float32s) -> tuple[float, float]:
+    """A sum over float32[n] in which each value has a weight of its own, of about 1, and the sum of squares."""
+    weights = np.sin(np.arange(1, _RUN + 1, dtype=np.float64) ** 2).astype(np.float32)
     total = square = 0.0
-    for start in range(0, values.size, _RUN):
+    for number, start in enumerate(range(0, values.size, _RUN)):
         block = values[start : start + _RUN]
-        total += float(np.dot(block, weights[: block.size])) * (1 + 1 / (1 + start))
+        total += float(np.dot(block, weights[: block.size])) * (1 + 1 / (1 + number))
         square += float(np.dot(block, block))
     return total, square if np.isfinite(square) else square_in_float64(values)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from hvdscale.sync.fragments import Fragment
-from hvdscale.sync.header import Header, Meeting, Phase
+from hvdscale.sync.header import LEAST, Header, Meeting, Phase
 from hvdscale.sync.part import Departure, Found, Part, square_in_float64
 from hvdscale.sync.push_sum import Neighbours
 from hvdscale.sync.tensors import Tensors
 from hvdscale.update.outer import Float32s
 
 __all__ = ["Peer"]
-
-_LEAST = 1e-300  # the mass of a rank that gave its own to others: it speaks for all if they have lost it
 
 
 class Peer(Part):
@@ -30,6 +29,9 @@ class Peer(Part):
     def numbers(self) -> dict[str, Any]:
         names = ("mass", "apart", "spread", "heard")
         return {**super().numbers(), **{name: getattr(self, name) for name in names}}
+
+    def load_numbers(self, saved: Mapping[str, Any]) -> None:
+        super().load_numbers({"heard": saved["spread"], **saved})  # not in states of older versions
 
     @property
     def heard(self) -> float:
@@ -47,10 +49,13 @@ class Peer(Part):
         if self.rounding is not None:
             self.rounding[:] = 0
 
+    def probe(self, resumed: bool) -> tuple[float, float]:
+        return (0.0, 0.0) if resumed else super().probe(resumed)  # later each rank has its own
+
     def weight(self, phase: Phase) -> float:
-        if phase is Phase.FINISHING:
-            return max(self.mass, _LEAST) if self.apart or self.since else 0.0
-        return self.mass
+        if phase is Phase.FINISHING and not self.apart and not self.since:
+            return LEAST
+        return max(self.mass, LEAST)
 
     def depart(self, out: Float32s, travels: bool) -> Departure:
         square = 0.0
@@ -90,6 +95,7 @@ class Peer(Part):
         """The mean of all ranks now, which keep their own. Collective."""
         values = np.empty(self.fragment.size, np.float32)
         departure = self.depart(values, travels=False)
-        row = Header(0, 0, Phase.ASKING, 0, self.mass, departure.finite, 0.0, float("nan"), 0)
+        mass = self.weight(Phase.ASKING)
+        row = Header(0, 0, Phase.ASKING, 0, mass, departure.finite, 0.0, float("nan"), 0)
         self.exchange.mean_of_all(values, row)
         return values

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hvdscale.errors import PlanError
 from hvdscale.runtime.channel import Channel
 from hvdscale.sync.exchange import Mean
 from hvdscale.sync.fragments import Fragment
-from hvdscale.sync.header import Float64s, Header, Meeting, Phase
+from hvdscale.sync.header import Float64s, Header, Meeting, Phase, shares_of
 from hvdscale.sync.peers import Permutation
 from hvdscale.sync.wire import parse_wire
 from hvdscale.update.outer import Float32s, blocks
@@ -77,13 +78,13 @@ class Neighbours:
         return {}
 
     def __call__(self, values: Float32s, meeting: Meeting) -> None:
-        moved, norm = self._mix(values, meeting)
+        moved, norm = self._mix(values, meeting, meeting.votes)
         self.spread = moved / norm if norm else 0.0
 
-    def beside(self, values: Float32s, meeting: Meeting) -> None:
-        if not meeting.finite[self._channel.rank]:
+    def beside(self, values: Float32s, meeting: Meeting, votes: Float64s) -> None:
+        if not votes[self._channel.rank]:
             values[:] = 0
-        self._mix(values, meeting)
+        self._mix(values, meeting, votes)
 
     def factor(self, meeting: Meeting) -> np.float32:
         return np.float32(1)
@@ -93,24 +94,27 @@ class Neighbours:
 
         Raises:
             DesyncError: other ranks came to a round.
+            PlanError: no rank's weights are finite.
         """
         meeting = Meeting(self._channel.table(header.row()), self._channel.ranks)
+        if not meeting.shares.any():
+            raise PlanError("No rank's weights are finite: they have no mean. Go on from the job's last checkpoint.")
         self._mean.add_exactly(values, meeting.shares)
 
     def mass(self, meeting: Meeting) -> float:
         """How much this rank counts after the round."""
-        return 1.0 if meeting.finishing else float(self._flows(meeting).masses()[self._channel.rank])
+        return 1.0 if meeting.finishing else float(self._flows(meeting, meeting.votes).masses()[self._channel.rank])
 
-    def _flows(self, meeting: Meeting) -> Flows:
+    def _flows(self, meeting: Meeting, votes: Float64s) -> Flows:
         permutations = self._topology(meeting.number, self._channel.size)
-        return flows(permutations, meeting.votes, meeting.phases == Phase.TRAINING, self._mixing)
+        return flows(permutations, votes, meeting.phases == Phase.TRAINING, self._mixing)
 
-    def _mix(self, values: Float32s, meeting: Meeting) -> tuple[float, float]:
+    def _mix(self, values: Float32s, meeting: Meeting, votes: Float64s) -> tuple[float, float]:
         """The squared norms of what was added, and of the result."""
         if meeting.finishing:
-            self._mean.add_exactly(values, meeting.shares)
+            self._mean.add_exactly(values, shares_of(votes))
             return 0.0, 0.0
-        plan, me = self._flows(meeting), self._channel.rank
+        plan, me = self._flows(meeting, votes), self._channel.rank
         heard: list[tuple[float, Float32s]] = []
         for permutation, mass in zip(plan.permutations, plan.sent, strict=True):
             source = int(np.flatnonzero(permutation == me)[0])

@@ -18,7 +18,7 @@ class Recovery:
     def __init__(self, store: Store, rank: int, at: int = 0) -> None:
         self.at = at
         self._store, self._rank = store, rank
-        self._warned = False
+        self._warned: set[str] = set()  # of what
 
     def over(self, store: Store) -> Recovery:
         """The same for another store."""
@@ -37,6 +37,7 @@ class Recovery:
             self.at = step
         whose = "those of the other ranks" if voted else "the weights of the last round, because no rank had others"
         self._warn(
+            "lost steps",
             step,
             f"It goes on with {whose}, and its optimizer's moments begin anew; the steps it made since it was last "
             "finite are lost.",
@@ -44,11 +45,12 @@ class Recovery:
 
     def give_up(self, step: int) -> None:
         """No rank has finite weights, and none are kept."""
-        self._warn(step, "So did all ranks, and none keeps others: end the job, and go on from its last checkpoint.")
+        outcome = "So did all ranks, and none keeps others: end the job, and go on from its last checkpoint."
+        self._warn("lost weights", step, outcome)
 
-    def _warn(self, step: int, outcome: str) -> None:
-        if not self._warned:
-            self._warned = True
+    def _warn(self, what: str, step: int, outcome: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
             warnings.warn(
                 f"Rank {self._rank} brought weights that are not finite to the round after step {step}. {outcome} Look "
                 "for what made its loss NaN or infinite: a batch, or too high a learning rate. Later cases are only "

@@ -72,6 +72,7 @@ class Rounds:
         self._desk = np.empty(0 if plan.overlap and self._roads is None else max(f.size for f in fragments), np.float32)
         self._inside = None if self._roads is None else NodeRounds(plan, self._roads.rounds)
         self._begun = False
+        self._compared = False
         self._departures = 0
         self._told = Told()
         self._recovery = Recovery(store, channel.ranks[channel.rank])
@@ -124,14 +125,19 @@ class Rounds:
         """The weights, if no rank has trained alone yet, are the anchor. The first time is collective.
 
         Raises:
-            DesyncError: ranks begin with different weights.
+            DesyncError: ranks begin, or go on, with different shared weights.
             PlanError: with weights that are not finite.
         """
-        if not self._begun and not self.warming_up:
+        if self.warming_up:
+            return
+        resumed = self._begun
+        if not self._begun:
             self._begun = True
             for part in self._parts:
                 part.begin()
-            self._compare()
+        if not self._compared:
+            self._compare(resumed)
+            self._compared = True
 
     def after_step(self) -> bool:
         """Count one step, attempted or made, and hold the rounds that are due. Returns whether weights changed.
@@ -286,17 +292,27 @@ class Rounds:
         self._calendar.load(state["calendar"])
         self._told = Told([(loss, samples) for loss, samples in state["losses"]])
         self.step, self._begun, self._departures = state["step"], state["begun"], state["departures"]
+        self._compared = False
         self._recovery.at = state.get("anew", 0)  # not in states of older versions
         counted = dict(state["metrics"])
         self._sent_before_bytes += counted.pop("bytes_sent") - self.bytes_sent
         self.metrics = Metrics(**counted)
 
-    def _compare(self) -> None:
-        """All ranks begin with the same weights."""
-        landmarks, squares = zip(*(part.landmark() for part in self._parts), strict=True)
-        finite = bool(np.isfinite(squares).all())
-        row = Header(0, 0, Phase.STARTING, self.step, sum(landmarks), finite, sum(squares), float("nan"), 0).row()
-        Meeting(self._channel.table(row), self._channel.ranks).check_start()
+    def _compare(self, resumed: bool) -> None:
+        """All ranks begin, or go on, with the same shared weights."""
+        probes, squares = zip(*(part.probe(resumed) for part in self._parts), strict=True)
+        header = Header(
+            round=self._departures,
+            fragment=0,
+            phase=Phase.STARTING,
+            step=self.step,
+            weight=sum(probes),
+            finite=bool(np.isfinite(squares).all()),
+            square=sum(squares),
+            loss=float("nan"),
+            beside=0,
+        )
+        Meeting(self._channel.table(header.row()), self._channel.ranks).check_start()
 
     def _meet(self, fragment: int) -> bool:
         """The round of a fragment whose turn has come. Returns whether weights changed already."""
@@ -348,16 +364,17 @@ class Rounds:
     def _header(
         self, fragment: int, phase: Phase, departure: Departure, asides: list[Aside], weight: float, loss: float
     ) -> Header:
+        beside = sum(aside.values.size for aside in asides)
         return Header(
             round=self._departures,
             fragment=fragment,
             phase=phase,
             step=self.step,
             weight=weight,
-            finite=departure.finite and all(aside.finite for aside in asides),
+            finite=departure.finite,
             square=departure.square,
             loss=loss,
-            beside=sum(aside.values.size for aside in asides),
+            beside=beside if departure.finite and all(aside.finite for aside in asides) else -beside,
         )
 
     def _said(self, fragment: int) -> None:
@@ -374,30 +391,31 @@ class Rounds:
         return asides
 
     def _come_back(self, fragment: int, meeting: Meeting) -> None:
-        """This rank's weights of ``fragment`` were not finite, and are those of the others now. So must the rest be.
-
-        Where nobody had any, they are those of the last round again.
-        """
+        """This rank's weights of ``fragment`` were not finite. They are those of the others now, and so must the rest
+        be; where nobody had any, all are those of the last round again."""
         voted = bool(meeting.shares.any())
-        restored = voted
-        for number, part in enumerate(self._parts):
-            if (voted and number == fragment) or not part.restore():
-                continue
-            restored = True
-            if self.plan.state != "keep":
-                self._store.forget_moments(part.fragment.positions)
-            for flight in self._flights:
-                if flight.fragment == number and flight.departure.weights is not None:
-                    flight.departure.weights[:] = part.shared()  # it arrives as if it had left from there
-        if restored:
+        restored = [number for number in range(len(self._parts)) if self._restore(number)]
+        if voted or restored:
             self._recovery.come_back(self.step, voted, moments=self.plan.state == "keep" or not voted)
         elif not meeting.finite.any():
             self._recovery.give_up(self.step)
 
+    def _restore(self, fragment: int) -> bool:
+        """Where this rank's weights are not finite, hold those of the last round; returns whether it had to."""
+        part = self._parts[fragment]
+        if not part.restore():
+            return False
+        if self.plan.state != "keep":
+            self._store.forget_moments(part.fragment.positions)
+        for flight in self._flights:
+            if flight.fragment == fragment and flight.departure.weights is not None:
+                flight.departure.weights[:] = part.shared()  # it arrives as if it had left from there
+        return True
+
     def _land_due(self, everything: bool = False) -> bool:
         landing = [flight for flight in self._flights if everything or flight.lands_at <= self.step]
-        self._flights = [flight for flight in self._flights if flight not in landing]
         for flight in landing:
+            self._flights.remove(flight)  # those that land after it may be changed by what it brings
             self._land(flight)
         return bool(landing)
 
@@ -411,7 +429,7 @@ class Rounds:
         if voted:
             with timeline.span("arrive", fragment=flight.fragment):
                 found = part.arrive(flight.departure, meeting, self._store.lr())
-            for aside in flight.asides:
+            for aside in flight.asides if meeting.beside_votes.any() else ():
                 aside.arrive()
             if self.plan.state == "reset":
                 self._store.forget_moments(part.fragment.positions)

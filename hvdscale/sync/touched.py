@@ -10,7 +10,7 @@ import numpy as np
 
 from hvdscale.sync.exchange import Exchange
 from hvdscale.sync.fragments import Fragment
-from hvdscale.sync.header import Meeting
+from hvdscale.sync.header import Float64s, Meeting
 from hvdscale.update.outer import Float32s
 
 __all__ = ["Touched"]
@@ -29,7 +29,7 @@ class Touched:
     def __call__(self, values: Float32s, meeting: Meeting) -> None:
         tables = [values[place].reshape(rows, -1) for place, rows in self._tables]  # [rows, width] each
         moved = np.concatenate([np.zeros(0, np.float32), *(table.any(axis=1).astype(np.float32) for table in tables)])
-        self._exchange.beside(moved, meeting)  # now the share of the ranks that moved each row
+        self._exchange.beside(moved, meeting, meeting.votes)  # now the share of the ranks that moved each row
         self._exchange(values, meeting)
         start = 0
         for table in tables:
@@ -40,5 +40,5 @@ class Touched:
     def factor(self, meeting: Meeting) -> np.float32:
         return self._exchange.factor(meeting)
 
-    def beside(self, values: Float32s, meeting: Meeting) -> None:
-        self._exchange.beside(values, meeting)
+    def beside(self, values: Float32s, meeting: Meeting, votes: Float64s) -> None:
+        self._exchange.beside(values, meeting, votes)

@@ -13,6 +13,7 @@ from hvdscale.runtime.transport import Transport, run_loopback
 from hvdscale.sync import Gossip, LocalSGD, drift_target
 from hvdscale.sync.peers import TOPOLOGIES
 from hvdscale.sync.push_sum import flows
+from tests.core.quadratic import start
 from tests.core.trainer import Trainer, on_ranks, train
 
 PEERS = sorted(TOPOLOGIES)
@@ -206,6 +207,7 @@ def test_a_flush_mends_a_rank_to_which_the_finished_gave_their_mass(
 ) -> None:
     def body(transport: Transport) -> np.ndarray:
         trainer = Trainer(plan, transport)
+        trainer.rounds.before_step()
         for step in range(steps[transport.rank]):
             if (transport.rank, step) == spoilt:
                 trainer.arrays["b"][0] = np.nan
@@ -232,6 +234,52 @@ def test_all_are_told_where_no_rank_has_finite_weights_any_more() -> None:
         warnings.simplefilter("always")
         on_ranks(2, body)
     assert len([w for w in caught if "end the job, and go on from its last checkpoint" in str(w.message)]) == 2
+
+
+def test_a_flush_mends_a_rank_whose_peers_made_no_step() -> None:
+    def body(transport: Transport) -> np.ndarray:
+        trainer = Trainer(Gossip(4), transport)
+        trainer.train(2 * (transport.rank == 0))
+        if transport.rank == 0:
+            trainer.arrays["w"][:] = np.nan
+        trainer.rounds.flush()
+        return trainer.flat()
+
+    for weights in on_ranks(3, body):
+        np.testing.assert_array_equal(weights, start().astype(np.float32))
+
+
+def test_a_mean_of_nothing_finite_is_refused_and_everyone_is_told_again_after_one_came_back() -> None:
+    def body(transport: Transport) -> str:
+        trainer = Trainer(Gossip(2), transport)
+        trainer.train(1)
+        if transport.rank == 1:
+            trainer.arrays["b"][0] = np.nan
+        trainer.train(3)
+        trainer.arrays["b"][0] = np.nan
+        trainer.train(4)
+        with pytest.raises(PlanError) as refused:
+            trainer.rounds.outer_weights()
+        return str(refused.value)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        said = on_ranks(2, body)
+    assert said == ["No rank's weights are finite: they have no mean. Go on from the job's last checkpoint."] * 2
+    assert sum("end the job" in str(w.message) for w in caught) == 2
+
+
+def test_a_state_of_before_rounds_under_way_were_kept_loads() -> None:
+    def body(transport: Transport) -> None:
+        trainer = Trainer(Gossip(2), transport)
+        trainer.train(5)
+        state = trainer.rounds.state_dict()
+        for numbers in state["parts"]:
+            del numbers["heard"]
+        trainer.rounds.load_state_dict(state)
+        trainer.train(3)
+
+    on_ranks(2, body)
 
 
 def test_a_rank_that_asks_for_the_mean_while_others_train_is_told_so() -> None:

@@ -15,6 +15,7 @@ from hvdscale.runtime.transport import SoloTransport, Transport, run_loopback
 from hvdscale.sync import DiLoCo, Gossip, LocalSGD, Relaxed, SlowMo
 from hvdscale.sync.peers import TOPOLOGIES
 from hvdscale.update import DelayedNesterov, Nesterov, SlowMomentum
+from tests.core.numpy_store import NumPyTensors
 from tests.core.quadratic import FRAGMENTS, Quadratic, start
 from tests.core.trainer import LR, Trainer, on_ranks, train
 from tests.relaxed_oracle import Momentum, trajectory
@@ -242,7 +243,9 @@ def test_when_no_rank_is_finite_all_go_back_to_the_last_round(plan: Relaxed) -> 
         assert np.isfinite(weights).all()
 
 
-@pytest.mark.parametrize("plan", [LocalSGD(3), DiLoCo(4, overlap=2), LocalSGD(2, groups="node", across=2)], ids=str)
+@pytest.mark.parametrize(
+    "plan", [LocalSGD(3), DiLoCo(4, overlap=2), LocalSGD(2, groups="node", across=2), Gossip(2)], ids=str
+)
 @pytest.mark.parametrize("joins", [False, True], ids=["trains", "has no data"])
 def test_ranks_that_begin_with_different_weights_are_told_so(plan: Relaxed, joins: bool) -> None:
     def body(transport: Transport) -> None:
@@ -255,6 +258,86 @@ def test_ranks_that_begin_with_different_weights_are_told_so(plan: Relaxed, join
     assert all(isinstance(result, DesyncError) for result in results), results
     assert "different weights: those of rank 2 are not those of rank 0" in str(results[0])
     assert len({str(result) for result in results}) == 1
+
+
+@pytest.mark.parametrize("plan", [LocalSGD(3), LocalSGD(2, groups="node", across=2), Gossip(2)], ids=str)
+def test_a_rank_that_did_not_load_its_state_is_told_so(plan: Relaxed) -> None:
+    def body(transport: Transport) -> None:
+        trainer = Trainer(plan, transport)
+        trainer.train(9)
+        state, resumed = trainer.rounds.state_dict(), Trainer(plan, transport)
+        if transport.rank != 1:
+            resumed.rounds.load_state_dict(state)
+        resumed.train(1)
+
+    results = run_loopback(4, body)
+    assert all(isinstance(result, DesyncError) for result in results), results
+    assert "rank 1: round 0 of fragment 0, starting, after 0 steps" in str(results[0])
+
+
+def test_a_start_that_was_refused_stays_refused() -> None:
+    def body(transport: Transport) -> None:
+        trainer = Trainer(LocalSGD(3), transport)
+        trainer.arrays["v"] += transport.rank
+        for _ in range(2):
+            with pytest.raises(DesyncError, match="different weights"):
+                trainer.train(1)
+
+    on_ranks(2, body)
+
+
+def test_of_fragments_that_land_together_one_with_nan_does_not_undo_another() -> None:
+    """What the other brought is merged onto the weights that this rank went back to."""
+    plan = LocalSGD(2, fragments=3, overlap=1)
+
+    def body(transport: Transport, spoil: bool) -> np.ndarray:
+        trainer = Trainer(plan, transport)
+        trainer.rounds.before_step()
+        for step in range(1, 12):
+            for array in trainer.arrays.values():
+                array += 1  # what every rank learns in a step
+            if spoil and transport.rank == 1 and step == 6:
+                for name in ("w", "b", "v"):
+                    trainer.arrays[name].flat[0] = np.nan
+            trainer.rounds.after_step()
+        trainer.rounds.flush()
+        return trainer.flat()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        spoilt, whole = (on_ranks(3, lambda t, spoil=spoil: body(t, spoil)) for spoil in (True, False))
+    for weights in spoilt:
+        np.testing.assert_array_equal(weights, spoilt[0])
+        assert np.isfinite(weights).all()
+    assert (np.abs(spoilt[0] - whole[0]) <= 2 + 1e-4).all(), "a third of the ranks lost at most a few steps"
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_buffers_that_are_not_finite_do_not_touch_the_vote(everywhere: bool) -> None:
+    def body(transport: Transport) -> tuple[np.ndarray, np.ndarray, int]:
+        trainer = Trainer(LocalSGD(3), transport)
+        buffer = np.full(4, np.inf if everywhere or transport.rank == 1 else 1 + transport.rank, np.float32)
+        trainer.rounds._store.buffers = NumPyTensors({"scale": buffer})
+        trainer.train(7)
+        trainer.rounds.flush()
+        return trainer.flat(), buffer, trainer.rounds.metrics.not_finite
+
+    expected = train(LocalSGD(3), ranks=3, steps=7)
+    for (weights, buffer, not_finite), theirs in zip(on_ranks(3, body), expected, strict=True):
+        np.testing.assert_allclose(weights, theirs, atol=1e-6)
+        np.testing.assert_array_equal(buffer, np.full(4, np.inf if everywhere else 2))
+        assert not_finite == 0
+
+
+def test_a_loss_that_is_not_finite_anywhere_is_shown() -> None:
+    def body(transport: Transport) -> float:
+        trainer = Trainer(LocalSGD(2), transport)
+        for step in range(4):
+            trainer.rounds.tell(1.0 if step < 2 else float("nan"))
+            trainer.train(1)
+        return trainer.rounds.metrics.loss
+
+    assert on_ranks(2, body) == [float("inf")] * 2
 
 
 def test_last_bits_that_a_warm_up_left_apart_are_none_of_a_difference() -> None:

@@ -101,16 +101,18 @@ def test_ranks_that_end_one_after_the_other_are_no_failure(name: str, body: str)
 def test_a_rank_that_waits_long_for_the_others_says_so(overlap: int) -> None:
     """In a round, and in the thread beside training in which a fragment travels."""
     body = f"""
-import time, torch, hvdscale.torch as hvd
+import os, time, torch, hvdscale.torch as hvd
 hvd.init()
 model = torch.nn.Linear(3, 3)
 plan = hvd.LocalSGD(2, overlap={overlap})
 optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), 0.1), model=model, sync=plan)
 for step in range(5):
-    time.sleep(6 * (hvd.rank() == 1 and step == 1))
+    if step == 1:
+        os.environ["HOROVOD_STALL_CHECK_TIME_SECONDS"] = "3"
+        time.sleep(8 * hvd.rank())
     optimizer.step()
 optimizer.sync.flush()
 """
-    output = launch(["-c", body], env={"HOROVOD_STALL_CHECK_TIME_SECONDS": "2"}, deadline_seconds=120).check()
-    assert output.count("Rank 0 has waited 2 s for all ranks to make the same call") == 1
+    output = launch(["-c", body], deadline_seconds=120).check()
+    assert output.count("Rank 0 has waited 3 s for all ranks to make the same call") == 1
     assert "Rank 1 has waited" not in output
