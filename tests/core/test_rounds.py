@@ -287,29 +287,23 @@ def test_a_start_that_was_refused_stays_refused() -> None:
 
 
 def test_of_fragments_that_land_together_one_with_nan_does_not_undo_another() -> None:
-    """What the other brought is merged onto the weights that this rank went back to."""
-    plan = LocalSGD(2, fragments=3, overlap=1)
+    """Fragments 1 and 2 leave after step 2 and land after step 3; every rank learns 1 a step."""
 
-    def body(transport: Transport, spoil: bool) -> np.ndarray:
-        trainer = Trainer(plan, transport)
+    def body(transport: Transport) -> np.ndarray:
+        trainer = Trainer(LocalSGD(2, fragments=3, overlap=1), transport)
         trainer.rounds.before_step()
-        for step in range(1, 12):
-            for array in trainer.arrays.values():
-                array += 1  # what every rank learns in a step
-            if spoil and transport.rank == 1 and step == 6:
-                for name in ("w", "b", "v"):
-                    trainer.arrays[name].flat[0] = np.nan
+        for spoils in ("", "b", "v"):  # fragment 1 as it leaves, and 2 as it lands
+            for name, array in trainer.arrays.items():
+                array += np.nan if transport.rank == 1 and name == spoils else 1
             trainer.rounds.after_step()
-        trainer.rounds.flush()
-        return trainer.flat()
+        return trainer.arrays["v"].ravel()
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        spoilt, whole = (on_ranks(3, lambda t, spoil=spoil: body(t, spoil)) for spoil in (True, False))
-    for weights in spoilt:
-        np.testing.assert_array_equal(weights, spoilt[0])
-        assert np.isfinite(weights).all()
-    assert (np.abs(spoilt[0] - whole[0]) <= 2 + 1e-4).all(), "a third of the ranks lost at most a few steps"
+        results = on_ranks(3, body)
+    for rank, weights in enumerate(results):
+        learnt = 2 if rank == 1 else 3  # the step that was lost
+        np.testing.assert_allclose(weights, start()[37:] + learnt, atol=1e-5)
 
 
 @pytest.mark.parametrize("everywhere", [False, True])
