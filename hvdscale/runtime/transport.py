@@ -255,13 +255,14 @@ class MPITransport:
         if not self._pause_seconds:
             request.Wait()
             return
-        while not request.Test():
-            time.sleep(self._pause_seconds)
+        for _ in pauses(request.Test, self._pause_seconds):
+            pass
 
     def _wait_for_peers(self, request: Any) -> None:
         """Where ranks meet, the first waits for the last, which may need its core."""
-        stall = Stall(self.ranks[self.rank])
+        stall: Stall | None = None  # most waits are over before their first pause
         for _ in pauses(request.Test, self._pause_seconds):
+            stall = stall or Stall(self.ranks[self.rank])
             stall.look()
 
     def who_left(self, patience_seconds: float) -> tuple[int, ...]:

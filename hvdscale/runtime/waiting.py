@@ -30,8 +30,11 @@ def pauses(done: Callable[[], bool], pause_seconds: float = 0.0) -> Iterator[int
         if waited > _SPIN_SECONDS or pause_seconds:
             number += 1
             yield number
-            growing = min(max(waited * _PAUSE_PER_WAIT, _SHORTEST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)
-            time.sleep(pause_seconds or growing)
+            time.sleep(pause_seconds or _growing(waited))
+
+
+def _growing(waited_seconds: float) -> float:
+    return min(max(waited_seconds * _PAUSE_PER_WAIT, _SHORTEST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)
 
 
 class Stall:

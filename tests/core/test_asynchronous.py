@@ -187,34 +187,20 @@ def test_a_rank_with_nan_does_not_vote_and_recovers_with_its_moments() -> None:
     assert [n for _, n in results] == [0, 1]
 
 
-def test_samples_weigh() -> None:
+@pytest.mark.parametrize(("samples", "mean"), [((16, 48), 0.75), ((0, 8), 1)], ids=["weigh", "none do not count"])
+def test_samples(samples: tuple[int, int], mean: float) -> None:
     def body(transport: Transport) -> np.ndarray:
         trainer = Trainer(ParameterServer(0), transport)
         trainer.engine.before_step()
         for array in trainer.arrays.values():
             array += transport.rank
-        trainer.engine.tell(loss=1.0, samples=16 + 32 * transport.rank)
+        trainer.engine.tell(loss=1.0, samples=samples[transport.rank])
         trainer.engine.after_step()
         trainer.engine.flush()
         return trainer.flat()
 
     for weights in on_ranks(2, body):
-        np.testing.assert_allclose(weights, start() + 0.75, rtol=1e-6)
-
-
-def test_a_step_of_no_samples_does_not_count() -> None:
-    def body(transport: Transport) -> np.ndarray:
-        trainer = Trainer(ParameterServer(0), transport)
-        trainer.engine.before_step()
-        for array in trainer.arrays.values():
-            array += transport.rank
-        trainer.engine.tell(loss=1.0, samples=8 * transport.rank)
-        trainer.engine.after_step()
-        trainer.engine.flush()
-        return trainer.flat()
-
-    for weights in on_ranks(2, body):
-        np.testing.assert_allclose(weights, start() + 1, rtol=1e-6)
+        np.testing.assert_allclose(weights, start() + mean, rtol=1e-6)
 
 
 def test_complex_weights_are_refused() -> None:
